@@ -1,0 +1,328 @@
+//! ADD.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use crosslink_core::{
+    error::{Code, Error},
+    facts::Attached,
+    finding::{Finding, Id},
+    model::{Change, Side, Sysctl},
+    netconf::{self, FailPolicy, NetConf, Strictness},
+    plan::{Conflict, Context, Plan, describe, plan},
+    record::{NetnsId, Record, State, VERSION, Wishes},
+    remotes::merge,
+    request,
+    result::PrevResult,
+    wanted::{Identity, Wanted},
+};
+use crosslink_kernel::{
+    Kernel,
+    attachment::{self, Attachment, Prepared},
+    files,
+    records::Records,
+};
+use ipnet::IpNet;
+
+use crate::{call::Call, logging};
+
+/// Longest wait for a sandbox's lock.
+pub const LOCK_WAIT: Duration = Duration::from_secs(5);
+
+/// Most rounds of looking and changing: more than one is needed only where answers were lost or another writer came
+/// between looking and changing.
+const ROUNDS: usize = 3;
+
+/// An ADD that has been carried out.
+#[derive(Debug)]
+pub struct Added {
+    /// The result, for standard output.
+    pub output: String,
+    work: Work,
+}
+
+impl Added {
+    /// Takes everything back: the runtime will not learn that it succeeded.
+    pub fn undo(&self, kernel: &mut dyn Kernel) {
+        self.work.undo(kernel);
+    }
+}
+
+/// What has been changed so far, and what undoes it.
+#[derive(Debug)]
+struct Work {
+    records: Records,
+    container_id: String,
+    ifname: String,
+    previous: Option<Record>,
+    done: Vec<Change>,
+}
+
+impl Work {
+    fn undo(&self, kernel: &mut dyn Kernel) {
+        let all: Vec<usize> = (0..self.done.len()).collect();
+        let refused = attachment::undo(&self.done, &all, kernel);
+        for err in &refused {
+            log::error!("undo: {err}");
+        }
+        let restored = match &self.previous {
+            // The record stays for DEL where something could not be undone.
+            _ if !refused.is_empty() => Ok(()),
+            Some(previous) => self.records.write(previous),
+            None => self.records.remove(&self.container_id, &self.ifname),
+        };
+        if let Err(err) = restored {
+            log::error!("undo: {err}");
+        }
+    }
+}
+
+/// Carries out ADD.
+///
+/// # Errors
+/// As documented in the README; nothing is left changed then.
+pub fn add(call: &Call<'_>, kernel: &mut dyn Kernel) -> Result<Added, Error> {
+    let (conf, mut findings) = netconf::parse(&call.raw, Strictness::Near)?;
+    logging::configure(&conf);
+    let (request, noted) = request::parse(&call.raw, Strictness::Near)?;
+    findings.extend(noted);
+    let prev = PrevResult::parse(&call.raw, &call.env.ifname)?;
+    let files = files::read_remotes(&conf.remotes_dir);
+    if files.broken && conf.fail_policy == FailPolicy::Closed {
+        return Err(broken_remotes(&files.findings));
+    }
+    let (node, noted) = files::read_node(&conf.node_file);
+    let remotes = merge(&files.files, node.cluster_name.as_deref());
+    findings.extend(files.findings.into_iter().chain(noted).chain(remotes.findings.iter().cloned()));
+
+    let netns = call.netns().ok_or_else(|| Error::new(Code::Environment, "CNI_NETNS must be set for ADD"))?;
+    let id = kernel.enter(netns, LOCK_WAIT)?;
+    let identity = Identity { container_id: &call.env.container_id, ifname: &call.env.ifname };
+    let attachment =
+        Attachment { identity, conf: &conf, request: &request, ips: &prev.ips, remotes: &remotes, node: &node };
+    let records = Records::new(&conf.state_dir);
+    let mut adding = Adding { call, conf: &conf, attachment, id, findings, work: begin(call, records) };
+    adding.judge_previous();
+    match adding.converge(kernel) {
+        Ok(()) => {
+            let output = prev.output(&call.cni_version);
+            logging::findings(&adding.findings);
+            Ok(Added { output, work: adding.work })
+        }
+        Err(err) => {
+            adding.work.undo(kernel);
+            Err(err)
+        }
+    }
+}
+
+/// Code 11 with every broken file named.
+pub fn broken_remotes(findings: &[Finding]) -> Error {
+    let texts: Vec<&str> = findings.iter().map(|finding| finding.text.as_str()).collect();
+    Error::new(Code::TryAgain, format!("failPolicy is closed and a remotes file is broken: {}", texts.join("; ")))
+}
+
+fn begin(call: &Call<'_>, records: Records) -> Work {
+    Work {
+        records,
+        container_id: call.env.container_id.clone(),
+        ifname: call.env.ifname.clone(),
+        previous: None,
+        done: Vec::new(),
+    }
+}
+
+/// An ADD under way.
+struct Adding<'a> {
+    call: &'a Call<'a>,
+    conf: &'a NetConf,
+    attachment: Attachment<'a>,
+    id: NetnsId,
+    findings: Vec<Finding>,
+    work: Work,
+}
+
+impl Adding<'_> {
+    /// Takes up the record of an earlier ADD of this attachment, if it is of this sandbox.
+    fn judge_previous(&mut self) {
+        match self.work.records.read(&self.call.env.container_id, &self.call.env.ifname) {
+            Ok(Some(record)) if record.netns.same(&self.id) => self.work.previous = Some(record),
+            Ok(Some(record)) => {
+                let text = format!("the record was of sandbox {}; it is replaced", record.netns.path.display());
+                self.findings.push(Finding::new(Id::StaleRecord, text));
+            }
+            Ok(None) => {}
+            Err(why) => self.findings.push(Finding::new(Id::State, why)),
+        }
+    }
+
+    /// Looks, plans and applies until there is nothing left to change.
+    fn converge(&mut self, kernel: &mut dyn Kernel) -> Result<(), Error> {
+        let found = self.findings.len();
+        for _ in 0..ROUNDS {
+            self.findings.truncate(found);
+            let mut prepared = attachment::prepare(self.attachment, kernel)?;
+            self.findings.append(&mut prepared.findings);
+            let plan = self.plan(&mut prepared)?;
+            let record = self.record(&prepared, &plan);
+            self.write(&Record { state: State::Adding, ..record.clone() })?;
+            log::debug!("changes: {}", plan.changes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "));
+            let applied = kernel.apply(&plan.changes);
+            let settled = applied.done.iter().chain(&applied.unknown);
+            let mut places: Vec<usize> = settled.copied().collect();
+            places.sort_unstable();
+            self.work.done.extend(places.iter().filter_map(|place| plan.changes.get(*place)).cloned());
+            match applied.failures.into_iter().next() {
+                // Somebody came between looking and changing: look again.
+                Some((_, crosslink_kernel::Error::Netlink { errno, .. })) if errno as i32 == EEXIST => {}
+                Some((_, err)) => return Err(err.into()),
+                None if applied.unknown.is_empty() => return self.finish(record),
+                None => {}
+            }
+        }
+        Err(Error::new(Code::TryAgain, "the sandbox's network kept changing while routes were added; try again"))
+    }
+
+    fn plan(&mut self, prepared: &mut Prepared) -> Result<Plan, Error> {
+        let claimed = self.claimed(prepared);
+        let previous = self.work.previous.as_ref().map(|record| &record.applied);
+        let plan = plan(&prepared.wanted, &prepared.observed, Context { previous, claimed: &claimed });
+        if let Some(name) = &plan.foreign_veth {
+            return Err(foreign_veth(name, self.conf, prepared));
+        }
+        self.judge_conflicts(&plan.conflicts, &mut prepared.wanted)?;
+        for route in &plan.identical {
+            self.findings.push(Finding::new(Id::RouteIdentical, route.to_string()));
+        }
+        if prepared.pod.attached == Attached::Underlay {
+            self.findings.extend(no_agent(self.conf));
+        }
+        Ok(plan)
+    }
+
+    /// Destinations in this sandbox that other attachments' records hold. The records are read only where there is a
+    /// route of ours that this attachment did not make.
+    fn claimed(&self, prepared: &Prepared) -> BTreeSet<IpNet> {
+        let own = self.work.previous.as_ref().map(Record::claims).unwrap_or_default();
+        let routes = &prepared.observed.pod.routes;
+        if routes.iter().all(|seen| !seen.ours() || own.contains(&seen.route.dst)) {
+            return BTreeSet::new();
+        }
+        claims_of_others(&self.work.records, &self.id, self.call)
+    }
+
+    /// A conflict over a named CIDR is an error; over a remote one a finding, and the CIDR is not wanted any more.
+    fn judge_conflicts(&mut self, conflicts: &[Conflict], wanted: &mut Wanted) -> Result<(), Error> {
+        for conflict in conflicts {
+            let named = wanted.pod_routes.iter().find(|route| route.route == conflict.wanted);
+            let place = match conflict.side {
+                Side::Pod => named.and_then(|route| route.named.as_deref()),
+                Side::Node => Some("the node's route to the pod"),
+            };
+            let existing = describe(&conflict.existing);
+            if let Some(place) = place {
+                let wanted = &conflict.wanted;
+                return Err(Error::new(
+                    Code::RouteConflict,
+                    format!(
+                        "{place}: {} is held by another owner's route ({existing}), where {wanted} should be: remove that route, or the CIDR",
+                        wanted.dst
+                    ),
+                ));
+            }
+            let text = format!("{}: another owner has {existing}", conflict.wanted.dst);
+            self.findings.push(Finding::new(Id::RouteConflict, text));
+            wanted.pod_routes.retain(|route| route.route != conflict.wanted);
+        }
+        Ok(())
+    }
+
+    fn record(&self, prepared: &Prepared, plan: &Plan) -> Record {
+        let inputs = self.attachment.inputs(&prepared.pod, &prepared.node);
+        let previous = self.work.previous.as_ref();
+        let mut record = Record {
+            version: VERSION,
+            state: State::Ready,
+            container_id: self.call.env.container_id.clone(),
+            ifname: self.call.env.ifname.clone(),
+            network: self.conf.name.clone(),
+            netns: self.id.clone(),
+            pod: self.call.pod(),
+            attached: prepared.pod.attached,
+            wishes: Wishes::of(inputs, self.attachment.ips),
+            applied: prepared.wanted.clone(),
+            saved: saved(&prepared.wanted, &plan.changes, previous, &self.work.done),
+            findings: Vec::new(),
+            extra: previous.map(|record| record.extra.clone()).unwrap_or_default(),
+        };
+        record.set_findings(&self.findings);
+        record
+    }
+
+    fn finish(&mut self, record: Record) -> Result<(), Error> {
+        let routes = record.applied.pod_routes.len();
+        self.write(&record)?;
+        log::info!("done: {routes} routes, {} changes", self.work.done.len());
+        Ok(())
+    }
+
+    /// Writes the record. Without one, DEL works from derivable names, so that it fails the pod only where the
+    /// administrator wants that.
+    fn write(&mut self, record: &Record) -> Result<(), Error> {
+        let Err(err) = self.work.records.write(record) else { return Ok(()) };
+        if self.conf.fail_policy == FailPolicy::Closed {
+            return Err(Error::new(
+                Code::TryAgain,
+                format!("failPolicy is closed and the record cannot be written: {err}"),
+            ));
+        }
+        let finding = Finding::new(Id::State, format!("record: {err}"));
+        if !self.findings.contains(&finding) {
+            self.findings.push(finding);
+        }
+        Ok(())
+    }
+}
+
+/// `EEXIST` (asm-generic/errno-base.h).
+const EEXIST: i32 = 17;
+
+/// Destinations in a sandbox that the records of other attachments hold.
+pub fn claims_of_others(records: &Records, id: &NetnsId, call: &Call<'_>) -> BTreeSet<IpNet> {
+    let env = call.env;
+    let others = records.all().into_iter().filter_map(Result::ok).filter(|record| {
+        record.netns.same(id) && (&record.container_id, &record.ifname) != (&env.container_id, &env.ifname)
+    });
+    others.flat_map(|record| record.claims()).collect()
+}
+
+/// Old values to put back: those of an earlier ADD first, since what is there now is that ADD's work.
+fn saved(wanted: &Wanted, changes: &[Change], previous: Option<&Record>, done: &[Change]) -> Vec<Sysctl> {
+    let mut saved: Vec<Sysctl> = previous.map(|record| record.saved.clone()).unwrap_or_default();
+    for change in done.iter().chain(changes) {
+        let Change::SetSysctl(new, Some(old)) = change else { continue };
+        let restore = wanted.sysctls.iter().any(|wanted| wanted.restore && wanted.sysctl == *new);
+        if restore && !saved.iter().any(|saved| saved.key == new.key && saved.side == new.side) {
+            saved.push(Sysctl { value: old.clone(), ..new.clone() });
+        }
+    }
+    saved
+}
+
+fn foreign_veth(name: &str, conf: &NetConf, prepared: &Prepared) -> Error {
+    let link = prepared.observed.pod.link(name);
+    let kind = link.and_then(|link| link.kind.as_deref()).unwrap_or("physical");
+    Error::new(
+        Code::NoInterface,
+        format!(
+            "the sandbox already has an interface {name} (kind {kind}) that this attachment did not make: it may be \
+             Spiderpool's coordinator's, or another crosslink attachment's; set vethName to another name in network {}",
+            conf.name
+        ),
+    )
+}
+
+/// Underlay traffic needs the agent's nftables rules (README, "Underlay pods and kube-proxy").
+fn no_agent(conf: &NetConf) -> Option<Finding> {
+    let socket = conf.state_dir.parent().map(|dir| dir.join("agent.sock"))?;
+    (!socket.exists()).then(|| Finding::new(Id::NoAgent, format!("{} does not exist", socket.display())))
+}

@@ -1,0 +1,98 @@
+//! GC: removes what attachments of this network left that the runtime does not list. Whatever is in a sandbox goes with
+//! it; ours are the record and a link that survived.
+
+use std::collections::BTreeSet;
+
+use crosslink_core::{
+    error::{Code, Error, quoted},
+    finding::{Finding, Id},
+    model::Change,
+    netconf::{self, RawConf, Strictness},
+    record::Record,
+};
+use crosslink_kernel::{
+    Kernel,
+    attachment::{apply_all, look_at_node},
+    records::Records,
+};
+use serde::Deserialize;
+
+use crate::{Open, call::Call, logging};
+
+/// The key of the specification, and the one that older libcni writes beside it.
+const KEYS: [&str; 2] = ["cni.dev/valid-attachments", "cni.dev/attachments"];
+
+#[derive(Deserialize)]
+struct Valid {
+    #[serde(rename = "containerID")]
+    container_id: String,
+    ifname: String,
+}
+
+/// Carries out GC.
+///
+/// # Errors
+/// Code 7 where the list cannot be read, code 5 with everything that could not be removed.
+pub fn gc(call: &Call<'_>, open: Open<'_>) -> Result<(), Error> {
+    let (conf, mut findings) = netconf::parse(&call.raw, Strictness::Lenient)?;
+    logging::configure(&conf);
+    // `cnitool gc` gives no key: that says nothing about what is valid.
+    let Some(valid) = valid_attachments(&call.raw)? else {
+        log::info!("no list of valid attachments: nothing to do");
+        return Ok(());
+    };
+    if conf.name.is_empty() {
+        return Err(Error::config(
+            "the configuration has no network \"name\", so no attachment is known to be its own",
+        ));
+    }
+    let records = Records::new(&conf.state_dir);
+    let mut kernel = open()?;
+    let (mut failures, mut removed) = (Vec::new(), 0);
+    for record in records.all() {
+        match record {
+            Err(why) => findings.push(Finding::new(Id::State, why)),
+            Ok(record) if record.network != conf.name => {}
+            Ok(record) if valid.contains(&(record.container_id.clone(), record.ifname.clone())) => {}
+            Ok(record) if is_alive(&record, kernel.as_mut()) => {
+                let text = format!("{} {} in {}", record.container_id, record.ifname, record.netns.path.display());
+                findings.push(Finding::new(Id::GcAlive, text));
+            }
+            Ok(record) => match remove(&record, &records, kernel.as_mut()) {
+                Ok(()) => removed += 1,
+                Err(err) => failures.push(err.to_string()),
+            },
+        }
+    }
+    logging::findings(&findings);
+    log::info!("done: {removed} attachments removed");
+    if failures.is_empty() {
+        return Ok(());
+    }
+    Err(Error::new(Code::Io, format!("{} attachments could not be removed", failures.len()))
+        .with_details(failures.join("\n")))
+}
+
+/// The attachments that the runtime knows; none where it gives no list. `null` and `[]` say that there are none.
+fn valid_attachments(raw: &RawConf<'_>) -> Result<Option<BTreeSet<(String, String)>>, Error> {
+    let Some(list) = KEYS.iter().find_map(|key| raw.raw(key)) else { return Ok(None) };
+    let bad = |err: serde_json::Error| {
+        Error::config(format!("{} is {}: {err}; give a list of {{containerID, ifname}}", KEYS[0], quoted(list.get())))
+    };
+    let list: Option<Vec<Valid>> = serde_json::from_str(list.get()).map_err(bad)?;
+    Ok(Some(list.unwrap_or_default().into_iter().map(|valid| (valid.container_id, valid.ifname)).collect()))
+}
+
+fn is_alive(record: &Record, kernel: &mut dyn Kernel) -> bool {
+    kernel.identify(&record.netns.path).is_some_and(|id| id.same(&record.netns))
+}
+
+fn remove(record: &Record, records: &Records, kernel: &mut dyn Kernel) -> Result<(), Error> {
+    let node = look_at_node(&record.applied, kernel)?;
+    let link = record.applied.veth.as_ref().filter(|veth| node.link(&veth.node).is_some());
+    let changes: Vec<Change> = link.map(|veth| Change::DeleteNodeLink(veth.node.clone())).into_iter().collect();
+    if let Some(err) = apply_all(&changes, kernel).into_iter().next() {
+        return Err(err.into());
+    }
+    Ok(records.remove(&record.container_id, &record.ifname)?)
+}

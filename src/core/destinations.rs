@@ -1,0 +1,321 @@
+//! Selection and precedence: from configuration, annotations, remotes and facts to the prefixes that a pod is given
+//! routes to. The order of precedence is the README's: (1) what is never routed, (2) node addresses, (3) the
+//! administrator's `hijackCIDR`, (4) remote CIDRs inside local ones, (5) remote CIDRs that cover local ones.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use ipnet::IpNet;
+
+use crate::{
+    cidr::host,
+    error::Error,
+    facts::{Attached, PodFacts},
+    finding::{Finding, Id},
+    model::Family,
+    netconf::NetConf,
+    node::NodeFacts,
+    numbers::JOIN_LIMIT,
+    remotes::Merged,
+    request::PodRequest,
+    select::Selection,
+    set::{CidrSet, Entry, drop_covered, join_siblings, subtract},
+};
+
+/// Everything that decides which prefixes are routed.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a> {
+    /// The conflist entry.
+    pub conf: &'a NetConf,
+    /// The pod's own wishes.
+    pub request: &'a PodRequest,
+    /// Merged remotes files.
+    pub remotes: &'a Merged,
+    /// Facts about the node.
+    pub node: &'a NodeFacts,
+    /// Facts about the pod.
+    pub pod: &'a PodFacts,
+}
+
+impl<'a> Inputs<'a> {
+    /// The clusters in force: the pod's choice, else the conflist's.
+    pub fn selection(&self) -> &'a Selection {
+        self.request.hijack.as_ref().unwrap_or(&self.conf.hijack)
+    }
+}
+
+/// What a destination carries besides its prefix.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// Path MTU, bytes.
+    pub mtu: Option<u32>,
+    /// Cluster it belongs to; none for named and local ones.
+    pub cluster: Option<String>,
+    /// Where it was named by the administrator or the pod's author; then a conflict is an error.
+    pub named: Option<String>,
+}
+
+/// A prefix that gets a route.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// The prefix.
+    pub net: IpNet,
+    /// What it carries.
+    pub origin: Origin,
+}
+
+/// The outcome.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Destinations {
+    /// Sorted by prefix, each once.
+    pub list: Vec<Destination>,
+    /// What was refused, and why.
+    pub findings: Vec<Finding>,
+}
+
+/// Computes the destinations.
+///
+/// # Errors
+/// Code 7 where a CIDR that the administrator or the pod's author named must be refused.
+pub fn destinations(inputs: Inputs<'_>) -> Result<Destinations, Error> {
+    let guard = Guard::new(inputs);
+    let mut chosen = Chosen::default();
+    for net in &inputs.conf.hijack_cidr {
+        guard.administrators(net)?;
+        chosen.add(*net, Origin { named: Some("hijackCIDR".to_owned()), ..Origin::default() });
+    }
+    for named in &inputs.request.hijack_cidr {
+        guard.pod_authors(&named.net, &named.place)?;
+        chosen.add(named.net, Origin { named: Some(named.place.clone()), ..Origin::default() });
+    }
+    guard.add_remotes(inputs, &mut chosen);
+    if inputs.pod.attached == Attached::Underlay {
+        guard.add_local(inputs.node, &mut chosen);
+    }
+    chosen.exclude(inputs);
+    chosen.drop_missing_families(inputs.pod);
+    Ok(chosen.reduce(inputs.pod))
+}
+
+/// The prefixes that precedence protects.
+struct Guard {
+    /// The pod's own addresses.
+    own: Vec<IpAddr>,
+    node_addresses: Vec<IpAddr>,
+    connected: CidrSet,
+    /// Connected, local pod, service and node CIDRs, and node addresses.
+    local: CidrSet,
+    /// What an annotation may name in underlay mode; none in overlay mode, where it grants nothing new.
+    annotatable: Option<CidrSet>,
+}
+
+impl Guard {
+    fn new(inputs: Inputs<'_>) -> Self {
+        let Inputs { conf, remotes, node, pod, .. } = inputs;
+        let connected: CidrSet = pod.connected.iter().copied().collect();
+        let local_cidrs = || [&node.pod_cidrs, &node.service_cidrs, &node.node_cidrs].into_iter().flatten().copied();
+        let hosts = node.addresses.iter().map(|addr| host(*addr));
+        let local = pod.connected.iter().copied().chain(local_cidrs()).chain(hosts).collect();
+        let annotatable = (pod.attached == Attached::Underlay).then(|| {
+            let remote = remotes.clusters.values().flat_map(|cluster| cluster.cidrs.keys().copied());
+            let named = conf.hijack_cidr.iter().chain(&conf.annotation_cidrs).copied();
+            remote.chain(local_cidrs()).chain(named).collect()
+        });
+        Self {
+            own: pod.addresses.iter().map(|address| address.addr).collect(),
+            node_addresses: node.addresses.clone(),
+            connected,
+            local,
+            annotatable,
+        }
+    }
+
+    /// Rule 1: why a prefix is never routed, whoever names it.
+    fn never(&self, net: &IpNet) -> Option<&'static str> {
+        let addr = net.network();
+        if net.prefix_len() == 0 {
+            return Some("is a default route");
+        }
+        if self.own.iter().any(|own| host(*own) == *net) {
+            return Some("is the pod's own address");
+        }
+        if addr.is_loopback() {
+            return Some("is loopback");
+        }
+        if addr.is_multicast() {
+            return Some("is multicast");
+        }
+        match addr {
+            IpAddr::V4(v4) if v4.octets().first() == Some(&0) && net.prefix_len() >= 8 => Some("is \"this network\""),
+            IpAddr::V4(v4) if v4.is_broadcast() => Some("is the broadcast address"),
+            IpAddr::V6(v6) if v6.is_unspecified() && net.prefix_len() == 128 => Some("is the unspecified address"),
+            _ => None,
+        }
+    }
+
+    /// Rules 1 and 3.
+    fn administrators(&self, net: &IpNet) -> Result<(), Error> {
+        if let Some(why) = self.never(net) {
+            return Err(refused(net, "key \"hijackCIDR\"", why, "remove it"));
+        }
+        if self.connected.iter().any(|connected| connected == net) {
+            let why = "equals a prefix that is connected in the pod";
+            return Err(refused(net, "key \"hijackCIDR\"", why, "remove it, or name longer prefixes inside it"));
+        }
+        Ok(())
+    }
+
+    /// Rules 1 and 4, and what only the administrator may grant.
+    fn pod_authors(&self, net: &IpNet, place: &str) -> Result<(), Error> {
+        if let Some(why) = self.never(net) {
+            return Err(refused(net, place, why, "remove it"));
+        }
+        if let Some(what) = reserved(net) {
+            return Err(refused(net, place, what, "only the administrator's hijackCIDR may name such an address"));
+        }
+        if self.node_addresses.iter().any(|addr| host(*addr) == *net) {
+            return Err(refused(net, place, "is an address of this node", "remove it; nodes are reachable anyway"));
+        }
+        if self.connected.contains(net) {
+            return Err(refused(net, place, "is connected in the pod", "remove it; the pod reaches it directly"));
+        }
+        let allowed = self.annotatable.as_ref().is_none_or(|ranges| ranges.contains(net));
+        if !allowed {
+            let why = "lies outside remote, local and hijackCIDR ranges";
+            return Err(refused(net, place, why, "ask the administrator to list its range in annotationCIDRs"));
+        }
+        Ok(())
+    }
+
+    /// Rules 1, 4 and 5, for the selected clusters.
+    fn add_remotes(&self, inputs: Inputs<'_>, chosen: &mut Chosen) {
+        let selection = inputs.selection();
+        if let Selection::Clusters(names) = selection {
+            for name in names.iter().filter(|name| !inputs.remotes.clusters.contains_key(*name)) {
+                chosen.finding(Id::ClusterUnknown, format!("cluster {name} is in no remotes file"));
+            }
+        }
+        for (name, cluster) in inputs.remotes.clusters.iter().filter(|(name, _)| selection.includes(name)) {
+            for net in cluster.cidrs.keys() {
+                if let Some(why) = self.never(net) {
+                    chosen.finding(Id::CidrRefused, format!("{net} of cluster {name} {why}"));
+                } else if self.local.contains(net) {
+                    chosen.finding(Id::CidrLocal, format!("{net} of cluster {name} is local here"));
+                } else {
+                    let origin = Origin { mtu: cluster.mtu, cluster: Some(name.clone()), named: None };
+                    chosen.add(*net, origin);
+                }
+            }
+        }
+    }
+
+    /// Local pod and service CIDRs of an underlay pod go through the node. What is connected stays so, except services,
+    /// which are on no link whatever prefix they lie in.
+    fn add_local(&self, node: &NodeFacts, chosen: &mut Chosen) {
+        for net in node.pod_cidrs.iter().filter(|net| !self.connected.contains(net)) {
+            chosen.add(*net, Origin::default());
+        }
+        for net in node.service_cidrs.iter().filter(|net| !self.connected.iter().any(|connected| connected == *net)) {
+            chosen.add(*net, Origin::default());
+        }
+    }
+}
+
+fn refused(net: &IpNet, place: &str, why: &str, cure: &str) -> Error {
+    Error::config(format!("{place}: \"{net}\" {why}: {cure}"))
+}
+
+/// Ranges that never come from an annotation: they hold the metadata address and the node's own services.
+fn reserved(net: &IpNet) -> Option<&'static str> {
+    let overlaps = |text: &str| text.parse::<IpNet>().is_ok_and(|range| range.contains(net) || net.contains(&range));
+    if overlaps("169.254.0.0/16") || overlaps("fe80::/10") {
+        return Some("overlaps link-local addresses");
+    }
+    (overlaps("127.0.0.0/8") || overlaps("::1/128")).then_some("overlaps loopback")
+}
+
+/// Prefixes gathered so far, each once.
+#[derive(Default)]
+struct Chosen {
+    nets: BTreeMap<IpNet, Origin>,
+    findings: Vec<Finding>,
+}
+
+impl Chosen {
+    fn finding(&mut self, id: Id, text: String) {
+        self.findings.push(Finding::new(id, text));
+    }
+
+    /// Adds a prefix; of two with the same prefix the first names it and the smaller MTU holds.
+    fn add(&mut self, net: IpNet, origin: Origin) {
+        let known = self.nets.entry(net).or_insert_with(|| origin.clone());
+        known.mtu = known.mtu.into_iter().chain(origin.mtu).min();
+        known.cluster = known.cluster.take().or(origin.cluster);
+    }
+
+    fn exclude(&mut self, inputs: Inputs<'_>) {
+        let holes: CidrSet = inputs.conf.exclude_cidr.iter().chain(&inputs.request.exclude_cidr).copied().collect();
+        if holes.is_empty() {
+            return;
+        }
+        for (net, origin) in std::mem::take(&mut self.nets) {
+            for piece in subtract(net, &holes) {
+                self.add(piece, origin.clone());
+            }
+        }
+    }
+
+    fn drop_missing_families(&mut self, pod: &PodFacts) {
+        let (kept, dropped) =
+            std::mem::take(&mut self.nets).into_iter().partition(|(net, _)| pod.has(Family::of_net(net)));
+        self.nets = kept;
+        for (net, origin) in dropped {
+            if let Some(place) = origin.named {
+                let text = format!("{net} ({place}) is {}, which the pod does not have", Family::of_net(&net));
+                self.finding(Id::NoFamily, text);
+            }
+        }
+    }
+
+    fn reduce(self, pod: &PodFacts) -> Destinations {
+        let mut barriers: Vec<IpNet> = pod.connected.iter().chain(&pod.foreign).copied().collect();
+        barriers.sort_unstable();
+        barriers.dedup();
+        let mut list = Vec::new();
+        for family in Family::ALL {
+            let of_family = self.nets.iter().filter(|(net, _)| Family::of_net(net) == family);
+            let entries = of_family.map(|(net, origin)| Entry { net: *net, attr: ByMtu(origin.clone()) }).collect();
+            let mut entries = drop_covered(entries, &barriers);
+            if entries.len() > JOIN_LIMIT {
+                let all = entries.into_iter().map(|entry| Entry { net: entry.net, attr: ByCluster(entry.attr.0) });
+                entries = join_siblings(all.collect(), &barriers)
+                    .into_iter()
+                    .map(|entry| Entry { net: entry.net, attr: ByMtu(entry.attr.0) })
+                    .collect();
+            }
+            list.extend(entries.into_iter().map(|entry| Destination { net: entry.net, origin: entry.attr.0 }));
+        }
+        Destinations { list, findings: self.findings }
+    }
+}
+
+/// Equal where routes would be: next hops are the same within a family, so only the MTU tells them apart.
+#[derive(Clone)]
+struct ByMtu(Origin);
+
+impl PartialEq for ByMtu {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.mtu == other.0.mtu
+    }
+}
+
+/// Equal where siblings may be joined: the operator must still see whose a prefix is.
+#[derive(Clone)]
+struct ByCluster(Origin);
+
+impl PartialEq for ByCluster {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.mtu == other.0.mtu
+            && self.0.cluster == other.0.cluster
+            && self.0.named.is_some() == other.0.named.is_some()
+    }
+}

@@ -1,0 +1,200 @@
+//! `node.json`: what the agent, or the administrator, tells about this node.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::Deserialize;
+
+use crate::{
+    cidr,
+    model::{Family, Link, NetnsState},
+    numbers::{NODE_ADDRESS_LIMIT, TABLE_MAIN},
+    remotes::VERSION,
+};
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawNode {
+    version: u64,
+    #[serde(default)]
+    cluster_name: Option<String>,
+    #[serde(default)]
+    addresses: Option<Vec<String>>,
+    #[serde(default, rename = "podCIDRs")]
+    pod_cidrs: Option<Vec<String>>,
+    #[serde(default, rename = "serviceCIDRs")]
+    service_cidrs: Option<Vec<String>>,
+    #[serde(default, rename = "nodeCIDRs")]
+    node_cidrs: Option<Vec<String>>,
+}
+
+/// Facts about this node; every one may be missing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeFacts {
+    /// Name of the own cluster.
+    pub cluster_name: Option<String>,
+    /// Node addresses; the first of each family is the primary one.
+    pub addresses: Vec<IpAddr>,
+    /// Pod CIDRs of the own cluster.
+    pub pod_cidrs: Vec<IpNet>,
+    /// Service CIDRs of the own cluster.
+    pub service_cidrs: Vec<IpNet>,
+    /// Subnets of the own cluster's nodes.
+    pub node_cidrs: Vec<IpNet>,
+}
+
+impl NodeFacts {
+    /// Primary address of a family.
+    pub fn primary(&self, family: Family) -> Option<IpAddr> {
+        self.addresses.iter().copied().find(|addr| Family::of(*addr) == family)
+    }
+}
+
+/// Parses `node.json`. Unknown fields are ignored.
+///
+/// # Errors
+/// A sentence that names the field, the value and the cure.
+pub fn parse(text: &str) -> Result<NodeFacts, String> {
+    let raw: RawNode = serde_json::from_str(text).map_err(|err| err.to_string())?;
+    if raw.version == 0 || raw.version > VERSION {
+        return Err(format!("version {} is not known to this plugin (it reads {VERSION}): upgrade it", raw.version));
+    }
+    let cidrs = |field: &str, texts: Option<Vec<String>>| -> Result<Vec<IpNet>, String> {
+        texts.unwrap_or_default().iter().map(|t| cidr::parse(t).map_err(|err| format!("{field}: {err}"))).collect()
+    };
+    let addresses = raw.addresses.unwrap_or_default();
+    Ok(NodeFacts {
+        cluster_name: raw.cluster_name.filter(|name| !name.is_empty()),
+        addresses: addresses
+            .iter()
+            .map(|text| cidr::parse_addr(text).map_err(|err| format!("addresses: {err}")))
+            .collect::<Result<_, _>>()?,
+        pod_cidrs: cidrs("podCIDRs", raw.pod_cidrs)?,
+        service_cidrs: cidrs("serviceCIDRs", raw.service_cidrs)?,
+        node_cidrs: cidrs("nodeCIDRs", raw.node_cidrs)?,
+    })
+}
+
+/// Interfaces whose addresses are not the node's: bridges and veths of runtimes and main CNIs, virtual addresses of
+/// kube-proxy and of the node-local DNS cache, tunnels. Loopback and our own veths are left out too. A name ending in `*` is a prefix.
+const NOT_NODE_LINKS: [&str; 8] = ["kube-ipvs0", "nodelocaldns", "docker*", "cni*", "cali*", "lxc*", "virbr*", "vx-*"];
+
+fn is_node_link(link: &Link) -> bool {
+    let listed = NOT_NODE_LINKS.iter().any(|pattern| match pattern.strip_suffix('*') {
+        Some(prefix) => link.name.starts_with(prefix),
+        None => link.name == *pattern,
+    });
+    // An attachment's own veth: `cl` and 13 hex digits.
+    let ours = link.name.len() == 15
+        && link.name.strip_prefix("cl").is_some_and(|rest| rest.chars().all(|c| c.is_ascii_hexdigit()));
+    !(listed || ours || link.loopback)
+}
+
+/// Node addresses by the kernel's word, for nodes without `node.json`: global addresses of links that are not
+/// [excluded](NOT_NODE_LINKS), those of the default route's link first. Returns them and how many there were in all.
+pub fn addresses_from_kernel(node: &NetnsState) -> (Vec<IpAddr>, usize) {
+    let mut found: Vec<(bool, IpAddr)> = Vec::new();
+    for link in node.links.iter().filter(|link| is_node_link(link)) {
+        for address in node.addresses.iter().filter(|a| a.dev == link.name && a.global && !a.unstable && !a.tentative) {
+            let family = Family::of(address.net.addr());
+            let by_default = node.routes.iter().any(|r| {
+                r.route.table == TABLE_MAIN
+                    && r.route.dst.prefix_len() == 0
+                    && r.route.dev == link.name
+                    && Family::of_net(&r.route.dst) == family
+            });
+            found.push((!by_default, address.net.addr()));
+        }
+    }
+    // Stable: within one group the kernel's order (by link, then as configured) stays.
+    found.sort_by_key(|(not_default, _)| *not_default);
+    let total = found.len();
+    (found.into_iter().take(NODE_ADDRESS_LIMIT).map(|(_, addr)| addr).collect(), total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Address, ObservedRoute, Route};
+
+    #[test]
+    fn every_field_is_optional() {
+        assert_eq!(parse(r#"{"version":1}"#).unwrap(), NodeFacts::default());
+        assert_eq!(parse(r#"{"version":1,"addresses":null,"future":1}"#).unwrap(), NodeFacts::default());
+        let facts = parse(r#"{"version":1,"addresses":["10.6.0.2","fd00::2","10.6.0.3"],"podCIDRs":["10.0.0.1/16"]}"#);
+        let facts = facts.unwrap();
+        assert_eq!(facts.primary(Family::V4), Some("10.6.0.2".parse().unwrap()));
+        assert_eq!(facts.primary(Family::V6), Some("fd00::2".parse().unwrap()));
+        assert_eq!(facts.pod_cidrs[0].to_string(), "10.0.0.0/16");
+    }
+
+    #[test]
+    fn faults_name_the_field() {
+        for (text, part) in [
+            (r#"{"version":2}"#, "upgrade"),
+            (r#"{"version":1,"addresses":["10.6.0.2/24"]}"#, "addresses"),
+            (r#"{"version":1,"nodeCIDRs":["x"]}"#, "nodeCIDRs"),
+        ] {
+            assert!(parse(text).unwrap_err().contains(part), "{text}");
+        }
+    }
+
+    fn link(index: u32, name: &str) -> Link {
+        Link { index, name: name.into(), up: true, ..Link::default() }
+    }
+
+    fn address(dev: &str, net: &str) -> Address {
+        Address { dev: dev.into(), net: net.parse().unwrap(), global: true, tentative: false, unstable: false }
+    }
+
+    #[test]
+    fn addresses_of_virtual_links_are_not_the_nodes() {
+        let node = NetnsState {
+            links: vec![
+                link(1, "docker0"),
+                link(2, "cni0"),
+                link(3, "nodelocaldns"),
+                link(4, "eno1"),
+                link(5, "eno2"),
+                link(6, "cl0123456789abc"),
+                link(7, "clang0"),
+            ],
+            addresses: vec![
+                address("docker0", "172.17.0.1/16"),
+                address("cni0", "10.244.0.1/24"),
+                address("nodelocaldns", "169.254.20.10/32"),
+                address("eno1", "192.168.7.2/24"),
+                address("eno2", "10.6.0.2/24"),
+                address("cl0123456789abc", "10.9.9.9/32"),
+                address("clang0", "10.8.8.8/32"),
+            ],
+            routes: vec![ObservedRoute {
+                route: Route {
+                    dst: "0.0.0.0/0".parse().unwrap(),
+                    table: TABLE_MAIN,
+                    dev: "eno2".into(),
+                    via: None,
+                    src: None,
+                    mtu: None,
+                },
+                protocol: 3,
+                metric: 0,
+                unicast: true,
+                multipath: false,
+            }],
+            ..NetnsState::default()
+        };
+        let (addresses, total) = addresses_from_kernel(&node);
+        let texts: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+        assert_eq!(texts, ["10.6.0.2", "192.168.7.2", "10.8.8.8"]);
+        assert_eq!(total, 3);
+    }
+
+    #[test]
+    fn at_most_32_are_taken() {
+        let addresses = (0..200).map(|i| address("eno1", &format!("10.0.{i}.1/24"))).collect();
+        let node = NetnsState { links: vec![link(1, "eno1")], addresses, ..NetnsState::default() };
+        let (taken, total) = addresses_from_kernel(&node);
+        assert_eq!((taken.len(), total), (32, 200));
+    }
+}

@@ -1,0 +1,325 @@
+//! A synchronous rtnetlink socket: strict checking, sequence numbers verified, dumps repeated when they were
+//! interrupted, batches acknowledged once.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_sys::{SocketAddr, protocols::NETLINK_ROUTE};
+use nix::errno::Errno;
+
+use crate::error::Error;
+
+/// Most messages in flight. Each error is an skb of its own in the receive buffer, and the default one (212,992 bytes)
+/// overflows between 256 and 280 of them.
+pub const BATCH: usize = 250;
+
+/// Most times that an interrupted dump is repeated before the node is called busy.
+const DUMP_TRIES: usize = 10;
+
+/// The kernel fills dump buffers of at most 32 KiB (`NLMSG_GOODSIZE` rules, net/netlink/af_netlink.c).
+const RECEIVE: usize = 32 * 1024;
+
+/// A request with its flags beyond `NLM_F_REQUEST`.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The message.
+    pub message: RouteNetlinkMessage,
+    /// `NLM_F_CREATE`, `NLM_F_EXCL`, …
+    pub flags: u16,
+}
+
+/// The fate of one request of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Done.
+    Done,
+    /// Refused.
+    Refused(Errno),
+    /// The answer was lost (`ENOBUFS`): look again.
+    Unknown,
+}
+
+/// One received message.
+#[derive(Clone, Copy, Debug)]
+pub struct Received<'a> {
+    /// `nlmsg_type`.
+    pub kind: u16,
+    /// After the netlink header.
+    pub payload: &'a [u8],
+}
+
+/// The socket. It stays in the network namespace in which it was opened.
+pub struct Socket {
+    inner: netlink_sys::Socket,
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+impl std::fmt::Debug for Socket {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Socket").field("fd", &self.inner.as_raw_fd()).finish_non_exhaustive()
+    }
+}
+
+impl Socket {
+    /// Opens a socket in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn open() -> Result<Self, Error> {
+        let refused =
+            |err: std::io::Error| Error::Netlink { what: "open a netlink socket".into(), errno: Error::errno_of(&err) };
+        let inner = netlink_sys::Socket::new(NETLINK_ROUTE).map_err(refused)?;
+        // Without strict checking the kernel ignores what it does not know, filters included (Linux 4.20 on has it).
+        inner.set_netlink_get_strict_chk(true).map_err(refused)?;
+        // Errors do not repeat the request: smaller answers.
+        inner.set_cap_ack(true).map_err(refused)?;
+        inner.connect(&SocketAddr::new(0, 0)).map_err(refused)?;
+        Ok(Self { inner, sequence: 0, buffer: Vec::with_capacity(RECEIVE) })
+    }
+
+    /// The identity of the socket's network namespace; none before Linux 5.14.
+    pub fn cookie(&self) -> Option<u64> {
+        crate::sys::netns_cookie(self.fd())
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        crate::sys::borrow(self.inner.as_raw_fd())
+    }
+
+    /// Sends one request and waits for its acknowledgement.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn request(&mut self, what: &str, request: Request) -> Result<(), Error> {
+        match self.batch(what, vec![request])?.first() {
+            Some(Fate::Refused(errno)) => Err(Error::Netlink { what: what.to_owned(), errno: *errno }),
+            Some(Fate::Unknown) | None => Err(Error::Busy { what: what.to_owned() }),
+            Some(Fate::Done) => Ok(()),
+        }
+    }
+
+    /// Sends requests, at most [`BATCH`] at a time, with an acknowledgement asked of the last of each portion only:
+    /// refusals come back anyway. Messages are independent; a refused one does not stop the others.
+    ///
+    /// # Errors
+    /// The socket itself failed; nothing is known of the requests then.
+    pub fn batch(&mut self, what: &str, requests: Vec<Request>) -> Result<Vec<Fate>, Error> {
+        let mut fates = Vec::with_capacity(requests.len());
+        let mut requests = requests.into_iter().peekable();
+        while requests.peek().is_some() {
+            self.portion(what, requests.by_ref().take(BATCH).collect(), &mut fates)?;
+        }
+        Ok(fates)
+    }
+
+    fn portion(&mut self, what: &str, requests: Vec<Request>, fates: &mut Vec<Fate>) -> Result<(), Error> {
+        let first = self.sequence.wrapping_add(1);
+        let count = requests.len();
+        let mut bytes = Vec::with_capacity(count * 96);
+        for (place, request) in requests.into_iter().enumerate() {
+            let last = place + 1 == count;
+            let ack = if last { NLM_F_ACK } else { 0 };
+            self.append(request.message, NLM_F_REQUEST | request.flags | ack, &mut bytes);
+        }
+        self.send(what, &bytes)?;
+        let base = fates.len();
+        fates.resize(base + count, Fate::Done);
+        let last = self.sequence;
+        let mut lost = false;
+        loop {
+            let mut ended = false;
+            let outcome = self.receive(what, |sequence, _, message| {
+                let place = usize::try_from(sequence.wrapping_sub(first)).unwrap_or(usize::MAX);
+                // An answer to a request of before, whose reader gave up.
+                let Some(fate) = fates.get_mut(base..).and_then(|fates| fates.get_mut(place)) else { return Ok(()) };
+                if message.kind == NLMSG_ERROR {
+                    if let Some(errno) = errno(message.payload) {
+                        *fate = Fate::Refused(errno);
+                    }
+                    ended |= sequence == last;
+                }
+                Ok(())
+            });
+            match outcome {
+                Ok(()) if ended => break,
+                Ok(()) => {}
+                Err(Error::Netlink { errno: Errno::ENOBUFS, .. }) => {
+                    // The buffer overflowed: answers, perhaps the last one, are gone. Whatever is left of them is read
+                    // without waiting, and the caller looks at the kernel's state instead.
+                    lost = true;
+                    self.drain();
+                    break;
+                }
+                Err(err) => return Err(err),
+            }
+        }
+        if lost {
+            for fate in fates.iter_mut().skip(base).filter(|fate| **fate == Fate::Done) {
+                *fate = Fate::Unknown;
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for a dump and hands over each message; starts anew when the kernel says that it was interrupted
+    /// (`NLM_F_DUMP_INTR`) or that answers were lost. `begin` is called at each start.
+    ///
+    /// # Errors
+    /// The kernel's refusal, or [`Error::Busy`] after ten interrupted tries.
+    pub fn dump<T: Default>(
+        &mut self,
+        what: &str,
+        message: &RouteNetlinkMessage,
+        mut take: impl FnMut(&mut T, Received<'_>) -> Result<(), Error>,
+    ) -> Result<T, Error> {
+        for _ in 0..DUMP_TRIES {
+            let mut bytes = Vec::with_capacity(128);
+            self.append(message.clone(), NLM_F_REQUEST | NLM_F_DUMP, &mut bytes);
+            self.send(what, &bytes)?;
+            let mut collected = T::default();
+            match self.dump_once(what, |received| take(&mut collected, received)) {
+                Ok(true) => return Ok(collected),
+                Ok(false) => {}
+                Err(Error::Netlink { errno: Errno::ENOBUFS | Errno::EINTR | Errno::EAGAIN, .. }) => self.drain(),
+                Err(err) => return Err(err),
+            }
+        }
+        Err(Error::Busy { what: what.to_owned() })
+    }
+
+    /// Reads one dump to its end; false where it was interrupted.
+    fn dump_once(
+        &mut self,
+        what: &str,
+        mut take: impl FnMut(Received<'_>) -> Result<(), Error>,
+    ) -> Result<bool, Error> {
+        let wanted = self.sequence;
+        let (mut done, mut consistent) = (false, true);
+        while !done {
+            self.receive(what, |sequence, flags, message| {
+                if sequence != wanted {
+                    return Ok(());
+                }
+                consistent &= flags & NLM_F_DUMP_INTR == 0;
+                match message.kind {
+                    NLMSG_DONE | NLMSG_ERROR => {
+                        done = true;
+                        match errno(message.payload) {
+                            Some(errno) => Err(Error::Netlink { what: what.to_owned(), errno }),
+                            None => Ok(()),
+                        }
+                    }
+                    _ => take(message),
+                }
+            })?;
+        }
+        Ok(consistent)
+    }
+
+    /// Asks for one object; none where it does not exist.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn get<T>(
+        &mut self,
+        what: &str,
+        message: RouteNetlinkMessage,
+        mut take: impl FnMut(Received<'_>) -> Result<T, Error>,
+    ) -> Result<Option<T>, Error> {
+        let mut bytes = Vec::with_capacity(128);
+        self.append(message, NLM_F_REQUEST, &mut bytes);
+        self.send(what, &bytes)?;
+        let wanted = self.sequence;
+        let mut answer: Option<Option<T>> = None;
+        while answer.is_none() {
+            self.receive(what, |sequence, _, message| {
+                if sequence != wanted {
+                    return Ok(());
+                }
+                answer = Some(match (message.kind, errno(message.payload)) {
+                    (NLMSG_ERROR, Some(Errno::ENODEV | Errno::ENOENT | Errno::ESRCH) | None) => None,
+                    (NLMSG_ERROR, Some(errno)) => return Err(Error::Netlink { what: what.to_owned(), errno }),
+                    _ => Some(take(message)?),
+                });
+                Ok(())
+            })?;
+        }
+        Ok(answer.flatten())
+    }
+
+    fn append(&mut self, message: RouteNetlinkMessage, flags: u16, bytes: &mut Vec<u8>) {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut header = NetlinkHeader::default();
+        header.flags = flags;
+        header.sequence_number = self.sequence;
+        let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
+        message.finalize();
+        let start = bytes.len();
+        // Every message starts at a multiple of four (NLMSG_ALIGNTO, linux/netlink.h).
+        bytes.resize(start + message.buffer_len().next_multiple_of(4), 0);
+        if let Some(place) = bytes.get_mut(start..) {
+            message.serialize(place);
+        }
+    }
+
+    fn send(&self, what: &str, bytes: &[u8]) -> Result<(), Error> {
+        loop {
+            match self.inner.send(bytes, 0) {
+                Ok(_) => return Ok(()),
+                Err(err) if err.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(err) => return Err(Error::Netlink { what: what.to_owned(), errno: Error::errno_of(&err) }),
+            }
+        }
+    }
+
+    /// Receives one datagram and hands over each message in it: sequence number, flags, content.
+    fn receive(
+        &mut self,
+        what: &str,
+        mut take: impl FnMut(u32, u16, Received<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let odd = |why: String| Error::Protocol { what: what.to_owned(), why };
+        self.buffer.clear();
+        let length = loop {
+            match self.inner.recv(&mut self.buffer, libc::MSG_TRUNC) {
+                Ok(length) => break length,
+                Err(err) if err.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(err) => return Err(Error::Netlink { what: what.to_owned(), errno: Error::errno_of(&err) }),
+            }
+        };
+        if length > self.buffer.len() {
+            return Err(odd(format!("a datagram of {length} bytes")));
+        }
+        let mut rest = self.buffer.as_slice();
+        while !rest.is_empty() {
+            let message = NetlinkBuffer::new_checked(rest).map_err(|err| odd(err.to_string()))?;
+            let received = Received { kind: message.message_type(), payload: message.payload() };
+            take(message.sequence_number(), message.flags(), received)?;
+            let length = usize::try_from(message.length()).unwrap_or(rest.len()).next_multiple_of(4);
+            rest = rest.get(length..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    /// Throws away what is still queued.
+    fn drain(&mut self) {
+        loop {
+            self.buffer.clear();
+            if self.inner.recv(&mut self.buffer, libc::MSG_DONTWAIT | libc::MSG_TRUNC).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// The errno at the start of an `NLMSG_ERROR` or `NLMSG_DONE`; none where it is 0 or absent.
+fn errno(payload: &[u8]) -> Option<Errno> {
+    let bytes: [u8; 4] = payload.get(..4)?.try_into().ok()?;
+    let code = i32::from_ne_bytes(bytes);
+    (code != 0).then(|| Errno::from_raw(code.wrapping_neg()))
+}
