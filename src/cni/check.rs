@@ -56,15 +56,14 @@ pub fn check(call: &Call<'_>, kernel: &mut dyn Kernel) -> Result<(), Error> {
 }
 
 fn differences(lines: &[String]) -> Result<(), Error> {
-    /// Most differences that the message itself shows; all are in the details.
+    /// Differences in the message itself; the others are in the details, which runtimes show right after it.
     const SHOWN: usize = 3;
     if lines.is_empty() {
         return Ok(());
     }
-    let shown = lines.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join("; ");
-    let more = if lines.len() > SHOWN { format!(" (and {} more)", lines.len() - SHOWN) } else { String::new() };
-    let msg = format!("the pod's network is not as it was made: {shown}{more}");
-    Err(Error::new(Code::Drift, msg).with_details(lines.join("\n")))
+    let (shown, rest) = lines.split_at(lines.len().min(SHOWN));
+    let msg = format!("the pod's network differs in {} places from what was made: {}", lines.len(), shown.join("; "));
+    Err(Error::new(Code::Drift, msg).with_details(rest.join("; ")))
 }
 
 fn recorded(record: &Record, claimed: &BTreeSet<ipnet::IpNet>, kernel: &mut dyn Kernel) -> Result<Vec<String>, Error> {

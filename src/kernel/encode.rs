@@ -8,7 +8,7 @@ use crosslink_core::{
 };
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::{
-    AddressFamily, RouteNetlinkMessage,
+    AddressFamily,
     address::{AddressAttribute, AddressMessage, AddressScope},
     link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage},
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
@@ -66,12 +66,12 @@ fn route(route: &Route, dev: u32) -> RouteMessage {
 
 /// Adds a route, never over an existing one.
 pub fn add_route(wanted: &Route, dev: u32) -> Request {
-    Request { message: RouteNetlinkMessage::NewRoute(route(wanted, dev)), flags: NLM_F_CREATE | NLM_F_EXCL }
+    Request::new(libc::RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, &route(wanted, dev))
 }
 
 /// Replaces a route to the same prefix.
 pub fn replace_route(wanted: &Route, dev: u32) -> Request {
-    Request { message: RouteNetlinkMessage::NewRoute(route(wanted, dev)), flags: NLM_F_CREATE | NLM_F_REPLACE }
+    Request::new(libc::RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &route(wanted, dev))
 }
 
 /// Deletes a route of ours: protocol, device and gateway must match, so that no other owner's route is hit.
@@ -79,7 +79,7 @@ pub fn delete_route(wanted: &Route, dev: u32) -> Request {
     let mut message = route(wanted, dev);
     // Matching on metrics is exact to the last one, and the kernel may have added some.
     message.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::Metrics(_)));
-    Request { message: RouteNetlinkMessage::DelRoute(message), flags: 0 }
+    Request::new(libc::RTM_DELROUTE, 0, &message)
 }
 
 /// Adds an address as a host of scope link.
@@ -91,7 +91,7 @@ pub fn add_address(addr: IpAddr, dev: u32) -> Request {
     message.header.scope = AddressScope::Link;
     message.header.index = dev;
     message.attributes = vec![AddressAttribute::Local(addr), AddressAttribute::Address(addr)];
-    Request { message: RouteNetlinkMessage::NewAddress(message), flags: NLM_F_CREATE | NLM_F_EXCL }
+    Request::new(libc::RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, &message)
 }
 
 /// Adds a permanent neighbour, or gives it its MAC.
@@ -105,7 +105,7 @@ pub fn set_neighbour(neighbour: &Neighbour, dev: u32) -> Request {
         NeighbourAttribute::Destination(NeighbourAddress::from(neighbour.ip)),
         NeighbourAttribute::LinkLayerAddress(neighbour.mac.to_vec()),
     ];
-    Request { message: RouteNetlinkMessage::NewNeighbour(message), flags: NLM_F_CREATE | NLM_F_REPLACE }
+    Request::new(libc::RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, &message)
 }
 
 /// Adds a rule.
@@ -119,7 +119,7 @@ pub fn add_rule(rule: &Rule) -> Request {
         RuleAttribute::Table(rule.table),
         RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)),
     ];
-    Request { message: RouteNetlinkMessage::NewRule(message), flags: NLM_F_CREATE | NLM_F_EXCL }
+    Request::new(libc::RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL, &message)
 }
 
 /// Makes a veth pair, the peer in the network namespace of `sandbox`. Both ends have their MACs from the start, so that
@@ -141,12 +141,12 @@ pub fn create_veth(veth: &Veth, sandbox: RawFd) -> Request {
         LinkInfo::Kind(InfoKind::Veth),
         LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
     ]));
-    Request { message: RouteNetlinkMessage::NewLink(message), flags: NLM_F_CREATE | NLM_F_EXCL }
+    Request::new(libc::RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &message)
 }
 
 /// Deletes an interface by name.
 pub fn delete_link(name: &str) -> Request {
-    Request { message: RouteNetlinkMessage::DelLink(named_link(name)), flags: 0 }
+    Request::new(libc::RTM_DELLINK, 0, &named_link(name))
 }
 
 /// Sets an interface up.
@@ -155,7 +155,7 @@ pub fn set_up(dev: u32) -> Request {
     message.header.index = dev;
     message.header.flags = LinkFlags::Up;
     message.header.change_mask = LinkFlags::Up;
-    Request { message: RouteNetlinkMessage::SetLink(message), flags: 0 }
+    Request::new(libc::RTM_SETLINK, 0, &message)
 }
 
 /// Sets an interface's MTU.
@@ -163,7 +163,7 @@ pub fn set_mtu(dev: u32, mtu: u32) -> Request {
     let mut message = LinkMessage::default();
     message.header.index = dev;
     message.attributes = vec![LinkAttribute::Mtu(mtu)];
-    Request { message: RouteNetlinkMessage::SetLink(message), flags: 0 }
+    Request::new(libc::RTM_SETLINK, 0, &message)
 }
 
 fn named_link(name: &str) -> LinkMessage {
@@ -173,50 +173,50 @@ fn named_link(name: &str) -> LinkMessage {
 }
 
 /// Asks for one interface by name; without statistics, which are most of the answer.
-pub fn get_link_by_name(name: &str) -> RouteNetlinkMessage {
+pub fn get_link_by_name(name: &str) -> Request {
     let mut message = named_link(name);
     message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
-    RouteNetlinkMessage::GetLink(message)
+    Request::new(libc::RTM_GETLINK, 0, &message)
 }
 
 /// Asks for one interface by index.
-pub fn get_link_by_index(index: u32) -> RouteNetlinkMessage {
+pub fn get_link_by_index(index: u32) -> Request {
     let mut message = LinkMessage::default();
     message.header.index = index;
     message.attributes = vec![LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
-    RouteNetlinkMessage::GetLink(message)
+    Request::new(libc::RTM_GETLINK, 0, &message)
 }
 
 /// Asks for all interfaces.
-pub fn dump_links() -> RouteNetlinkMessage {
+pub fn dump_links() -> Request {
     let mut message = LinkMessage::default();
     message.attributes = vec![LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
-    RouteNetlinkMessage::GetLink(message)
+    Request::new(libc::RTM_GETLINK, 0, &message)
 }
 
 /// Asks for all addresses.
-pub fn dump_addresses() -> RouteNetlinkMessage {
-    RouteNetlinkMessage::GetAddress(AddressMessage::default())
+pub fn dump_addresses() -> Request {
+    Request::new(libc::RTM_GETADDR, 0, &AddressMessage::default())
 }
 
 /// Asks for the routes of one table.
-pub fn dump_routes(of: Family, table: u32) -> RouteNetlinkMessage {
+pub fn dump_routes(of: Family, table: u32) -> Request {
     let mut message = RouteMessage::default();
     message.header.address_family = family(of);
     message.attributes = vec![RouteAttribute::Table(table)];
-    RouteNetlinkMessage::GetRoute(message)
+    Request::new(libc::RTM_GETROUTE, 0, &message)
 }
 
 /// Asks for the neighbours on an interface.
-pub fn dump_neighbours(dev: u32) -> RouteNetlinkMessage {
+pub fn dump_neighbours(dev: u32) -> Request {
     let mut message = NeighbourMessage::default();
     message.attributes = vec![NeighbourAttribute::IfIndex(dev)];
-    RouteNetlinkMessage::GetNeighbour(message)
+    Request::new(libc::RTM_GETNEIGH, 0, &message)
 }
 
 /// Asks for the rules of a family.
-pub fn dump_rules(of: Family) -> RouteNetlinkMessage {
+pub fn dump_rules(of: Family) -> Request {
     let mut message = RuleMessage::default();
     message.header.family = family(of);
-    RouteNetlinkMessage::GetRule(message)
+    Request::new(libc::RTM_GETRULE, 0, &message)
 }

@@ -4,10 +4,9 @@
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader,
-    NetlinkMessage, NetlinkPayload,
+    Emitable, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer,
+    NetlinkHeader,
 };
-use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{SocketAddr, protocols::NETLINK_ROUTE};
 use nix::errno::Errno;
 
@@ -23,13 +22,28 @@ const DUMP_TRIES: usize = 10;
 /// The kernel fills dump buffers of at most 32 KiB (`NLMSG_GOODSIZE` rules, net/netlink/af_netlink.c).
 const RECEIVE: usize = 32 * 1024;
 
-/// A request with its flags beyond `NLM_F_REQUEST`.
+/// Length of `struct nlmsghdr`, bytes (linux/netlink.h).
+const HEADER: usize = 16;
+
+/// A request, encoded but for its sequence number.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// The message.
-    pub message: RouteNetlinkMessage,
+    /// `nlmsg_type`.
+    kind: u16,
     /// `NLM_F_CREATE`, `NLM_F_EXCL`, …
-    pub flags: u16,
+    flags: u16,
+    /// After the netlink header.
+    payload: Vec<u8>,
+}
+
+impl Request {
+    /// Encodes a message of a kind (`RTM_*`) with flags beyond `NLM_F_REQUEST`. Each message type by itself, not through
+    /// netlink-packet-route's enum of all: that would link the encoders of everything that rtnetlink knows.
+    pub fn new(kind: u16, flags: u16, message: &impl Emitable) -> Self {
+        let mut payload = vec![0; message.buffer_len()];
+        message.emit(&mut payload);
+        Self { kind, flags, payload }
+    }
 }
 
 /// The fate of one request of a batch.
@@ -124,7 +138,7 @@ impl Socket {
         for (place, request) in requests.into_iter().enumerate() {
             let last = place + 1 == count;
             let ack = if last { NLM_F_ACK } else { 0 };
-            self.append(request.message, NLM_F_REQUEST | request.flags | ack, &mut bytes);
+            self.append(&request, ack, &mut bytes);
         }
         self.send(what, &bytes)?;
         let base = fates.len();
@@ -174,12 +188,12 @@ impl Socket {
     pub fn dump<T: Default>(
         &mut self,
         what: &str,
-        message: &RouteNetlinkMessage,
+        request: &Request,
         mut take: impl FnMut(&mut T, Received<'_>) -> Result<(), Error>,
     ) -> Result<T, Error> {
         for _ in 0..DUMP_TRIES {
             let mut bytes = Vec::with_capacity(128);
-            self.append(message.clone(), NLM_F_REQUEST | NLM_F_DUMP, &mut bytes);
+            self.append(request, NLM_F_DUMP, &mut bytes);
             self.send(what, &bytes)?;
             let mut collected = T::default();
             match self.dump_once(what, |received| take(&mut collected, received)) {
@@ -228,11 +242,11 @@ impl Socket {
     pub fn get<T>(
         &mut self,
         what: &str,
-        message: RouteNetlinkMessage,
+        request: &Request,
         mut take: impl FnMut(Received<'_>) -> Result<T, Error>,
     ) -> Result<Option<T>, Error> {
         let mut bytes = Vec::with_capacity(128);
-        self.append(message, NLM_F_REQUEST, &mut bytes);
+        self.append(request, 0, &mut bytes);
         self.send(what, &bytes)?;
         let wanted = self.sequence;
         let mut answer: Option<Option<T>> = None;
@@ -252,19 +266,19 @@ impl Socket {
         Ok(answer.flatten())
     }
 
-    fn append(&mut self, message: RouteNetlinkMessage, flags: u16, bytes: &mut Vec<u8>) {
+    fn append(&mut self, request: &Request, flags: u16, bytes: &mut Vec<u8>) {
         self.sequence = self.sequence.wrapping_add(1);
         let mut header = NetlinkHeader::default();
-        header.flags = flags;
+        header.message_type = request.kind;
+        header.flags = NLM_F_REQUEST | request.flags | flags;
         header.sequence_number = self.sequence;
-        let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
-        message.finalize();
-        let start = bytes.len();
+        header.length = u32::try_from(HEADER + request.payload.len()).unwrap_or(u32::MAX);
+        let mut encoded = [0; HEADER];
+        header.emit(&mut encoded);
+        bytes.extend_from_slice(&encoded);
+        bytes.extend_from_slice(&request.payload);
         // Every message starts at a multiple of four (NLMSG_ALIGNTO, linux/netlink.h).
-        bytes.resize(start + message.buffer_len().next_multiple_of(4), 0);
-        if let Some(place) = bytes.get_mut(start..) {
-            message.serialize(place);
-        }
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
     }
 
     fn send(&self, what: &str, bytes: &[u8]) -> Result<(), Error> {

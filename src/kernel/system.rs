@@ -164,7 +164,7 @@ impl Namespace {
     }
 
     fn link_by_name(&mut self, name: &str) -> Result<Option<Link>, Error> {
-        self.socket.get("find an interface by name", encode::get_link_by_name(name), decode::link)
+        self.socket.get("find an interface by name", &encode::get_link_by_name(name), decode::link)
     }
 
     /// Index of an interface, looked up once.
@@ -336,7 +336,7 @@ impl Kernel for System {
         }
         if let Some(index) = query.peer {
             let found =
-                node.socket.get("find an interface by index", encode::get_link_by_index(index), decode::link)?;
+                node.socket.get("find an interface by index", &encode::get_link_by_index(index), decode::link)?;
             state.links.extend(found.filter(|found| state.links.iter().all(|link| link.index != found.index)));
         }
         if let Some(name) = &query.veth {

@@ -370,3 +370,13 @@ fn a_covered_prefix_behind_a_wall_stays() {
     open.pod.foreign.push(net("192.168.7.0/25"));
     assert_eq!(open.routed(), ["192.168.0.0/16", "192.168.7.64/26"]);
 }
+
+/// A connected prefix inside another one (the host route to a gateway, say) is as connected as any.
+#[test]
+fn the_administrator_cannot_take_a_connected_prefix_inside_another() {
+    for (inner, v6) in [("192.168.7.1/32", false), ("fd07::8000:0:0:0/65", true)] {
+        let mut world = World::new(Attached::Overlay).key("hijackCIDR", json!([inner]));
+        world.pod.connected.insert(if v6 { 2 } else { 1 }, net(inner));
+        assert_refused(&world.destinations().unwrap_err(), "hijackCIDR", inner, "nested");
+    }
+}

@@ -7,9 +7,10 @@ use crosslink_core::{
     error::Error,
     facts::{Attached, NextHop, PodAddress, PodFacts},
     finding::{Finding, Id},
-    model::Family,
+    model::{Address, Family, Link, NetnsState, Observed, ObservedRoute, Route},
     netconf::{self, NetConf, RawConf, Strictness},
     node::{self, NodeFacts},
+    numbers::TABLE_MAIN,
     remotes::{self, Merged, RemotesFile},
     request::{self, ANNOTATIONS_CAPABILITY, PodRequest},
     wanted::{self, Identity, Wanted},
@@ -178,4 +179,51 @@ pub fn find(destinations: &Destinations, of: IpNet) -> Option<&Destination> {
 /// Whether a finding of that kind names `text`.
 pub fn noted(findings: &[Finding], id: Id, text: &str) -> bool {
     findings.iter().any(|finding| finding.id == id && finding.text.contains(text))
+}
+
+/// A route of another owner.
+pub fn foreign(text: &str, via: Option<&str>, dev: &str, (protocol, metric): (u8, u32)) -> ObservedRoute {
+    let route =
+        Route { dst: net(text), table: TABLE_MAIN, dev: dev.to_owned(), via: via.map(addr), src: None, mtu: None };
+    ObservedRoute { route, protocol, metric, unicast: true, multipath: false }
+}
+
+fn link(index: u32, name: &str, kind: Option<&str>) -> Link {
+    let kind = kind.map(str::to_owned);
+    Link { index, name: name.to_owned(), kind, mac: vec![2, 0, 0, 0, 0, 9], mtu: 1450, up: true, ..Link::default() }
+}
+
+fn address(dev: &str, text: &str, global: bool) -> Address {
+    Address { dev: dev.to_owned(), net: text.parse().unwrap(), global, tentative: false, unstable: false }
+}
+
+/// Kernel state that fits [`World::new`], before the ADD, with a second interface `net1` in the pod.
+pub fn untouched() -> Observed {
+    let sysctl = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+    let pod = NetnsState {
+        links: vec![link(2, "eth0", Some("macvlan")), link(3, "net1", Some("macvlan"))],
+        addresses: vec![
+            address("eth0", "192.168.7.5/24", true),
+            address("eth0", "fd07::5/64", true),
+            address("eth0", "fe80::5/64", false),
+            address("net1", "10.9.0.5/24", true),
+        ],
+        routes: vec![
+            foreign("0.0.0.0/0", Some("192.168.7.1"), "eth0", (3, 0)),
+            foreign("192.168.7.0/24", None, "eth0", (2, 0)),
+            foreign("10.9.0.0/24", None, "net1", (2, 0)),
+            foreign("::/0", Some("fe80::1"), "eth0", (9, 1024)),
+            foreign("fd07::/64", None, "eth0", (2, 256)),
+            foreign("fe80::/64", None, "eth0", (2, 256)),
+        ],
+        sysctls: [sysctl("ipv4/conf/eth0/rp_filter", "0"), sysctl("ipv4/conf/all/rp_filter", "1")].into(),
+        ..NetnsState::default()
+    };
+    let node = NetnsState {
+        links: vec![link(2, "eno1", None), link(30, "veth0", Some("veth"))],
+        addresses: vec![address("eno1", "10.6.0.2/24", true), address("eno1", "fd06::2/64", true)],
+        routes: vec![foreign("10.6.0.0/24", None, "eno1", (2, 0))],
+        ..NetnsState::default()
+    };
+    Observed { pod, node }
 }

@@ -1,0 +1,45 @@
+# What the README offers. Every target does its own set-up first and can be run again.
+TARGET ?= $(shell uname -m)-unknown-linux-musl
+CARGO ?= cargo
+export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
+
+.PHONY: help setup build demo test fmt lint doc unit fences deny clean
+
+help: ## Show the targets.
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
+
+setup: ## Install what is missing: Debian packages, Rust toolchain and target.
+	@tests/testkit/setup $(TARGET)
+
+build: setup ## Build the stripped static plugin into dist/bin/.
+	$(CARGO) build --release --locked -p crosslink --target $(TARGET)
+	@install -D -m 0755 target/$(TARGET)/release/crosslink dist/bin/crosslink
+	@ls -l dist/bin/crosslink
+
+demo: build ## Show a pod that reaches another cluster, in network namespaces.
+	@$(CARGO) build --quiet --locked -p crosslink-testkit
+	@tests/testkit/run target/debug/crosslink-testkit demo dist/bin
+
+test: setup fmt lint doc unit fences ## Check format and lints, run unit, property and real-kernel tests, and the fences.
+	@echo "make test: all passed"
+
+fmt: setup
+	$(CARGO) fmt --all --check
+
+lint: setup
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+doc: setup
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
+
+unit: setup
+	$(CARGO) test --workspace --locked
+
+fences: build ## Check the plugin's dependencies, the layers, and the size of the binary.
+	@tests/testkit/fences $(TARGET) dist/bin/crosslink
+
+deny: setup ## Check licences, duplicate and banned dependencies, and advisories where they can be fetched.
+	@tests/testkit/deny
+
+clean: ## Remove what was built.
+	rm -rf target dist
