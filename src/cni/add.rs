@@ -1,12 +1,12 @@
 //! ADD.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, net::IpAddr, time::Duration};
 
 use crosslink_core::{
     error::{Code, Error},
     facts::Attached,
     finding::{Finding, Id},
-    model::{Change, Side, Sysctl},
+    model::{Change, Route, Side, Sysctl},
     netconf::{self, FailPolicy, NetConf, Strictness},
     plan::{Conflict, Context, Plan, describe, plan},
     record::{NetnsId, Record, State, VERSION, Wishes},
@@ -30,7 +30,7 @@ pub const LOCK_WAIT: Duration = Duration::from_secs(5);
 
 /// Most rounds of looking and changing: more than one is needed only where answers were lost or another writer came
 /// between looking and changing.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
 
 /// An ADD that has been carried out.
 #[derive(Debug)]
@@ -158,28 +158,48 @@ impl Adding<'_> {
     /// Looks, plans and applies until there is nothing left to change.
     fn converge(&mut self, kernel: &mut dyn Kernel) -> Result<(), Error> {
         let found = self.findings.len();
+        let mut node = self.attachment.node.clone();
+        let mut distrusted = Vec::new();
         for _ in 0..ROUNDS {
             self.findings.truncate(found);
-            let mut prepared = attachment::prepare(self.attachment, kernel)?;
+            self.findings.extend(distrusted.iter().cloned());
+            let mut prepared = attachment::prepare(Attachment { node: &node, ..self.attachment }, kernel)?;
             self.findings.append(&mut prepared.findings);
             let plan = self.plan(&mut prepared)?;
             let record = self.record(&prepared, &plan);
             self.write(&Record { state: State::Adding, ..record.clone() })?;
-            log::debug!("changes: {}", plan.changes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "));
-            let applied = kernel.apply(&plan.changes);
-            let settled = applied.done.iter().chain(&applied.unknown);
-            let mut places: Vec<usize> = settled.copied().collect();
-            places.sort_unstable();
-            self.work.done.extend(places.iter().filter_map(|place| plan.changes.get(*place)).cloned());
-            match applied.failures.into_iter().next() {
-                // Somebody came between looking and changing: look again.
-                Some((_, crosslink_kernel::Error::Netlink { errno, .. })) if errno as i32 == EEXIST => {}
-                Some((_, err)) => return Err(err.into()),
-                None if applied.unknown.is_empty() => return self.finish(record),
-                None => {}
+            match self.apply(&plan.changes, kernel)? {
+                Round::Settled => return self.finish(record),
+                Round::LookAgain => {}
+                Round::NotOurs(addr) => {
+                    node.addresses.retain(|known| *known != addr);
+                    let text =
+                        format!("{addr} is not an address of this node: correct {}", self.conf.node_file.display());
+                    distrusted.push(Finding::new(Id::NodeAddresses, text));
+                }
             }
         }
         Err(Error::new(Code::TryAgain, "the sandbox's network kept changing while routes were added; try again"))
+    }
+
+    /// Applies one round's changes and notes what was done.
+    fn apply(&mut self, changes: &[Change], kernel: &mut dyn Kernel) -> Result<Round, Error> {
+        log::debug!("changes: {}", changes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "));
+        let applied = kernel.apply(changes);
+        let mut places: Vec<usize> = applied.done.iter().chain(&applied.unknown).copied().collect();
+        places.sort_unstable();
+        self.work.done.extend(places.iter().filter_map(|place| changes.get(*place)).cloned());
+        let Some((place, err)) = applied.failures.into_iter().next() else {
+            return Ok(if applied.unknown.is_empty() { Round::Settled } else { Round::LookAgain });
+        };
+        let crosslink_kernel::Error::Netlink { errno, .. } = &err else { return Err(err.into()) };
+        match (*errno as i32, changes.get(place)) {
+            // Somebody came between looking and changing.
+            (EEXIST, _) => Ok(Round::LookAgain),
+            // A source address that the node does not have (any more): node.json is out of date.
+            (EINVAL, Some(Change::AddRoute(Side::Node, Route { src: Some(src), .. }))) => Ok(Round::NotOurs(*src)),
+            _ => Err(err.into()),
+        }
     }
 
     fn plan(&mut self, prepared: &mut Prepared) -> Result<Plan, Error> {
@@ -283,8 +303,20 @@ impl Adding<'_> {
     }
 }
 
-/// `EEXIST` (asm-generic/errno-base.h).
+/// How a round of changes ended.
+enum Round {
+    /// Everything is as wanted.
+    Settled,
+    /// Answers were lost, or another writer came between.
+    LookAgain,
+    /// The kernel does not know this address as the node's.
+    NotOurs(IpAddr),
+}
+
+/// asm-generic/errno-base.h.
 const EEXIST: i32 = 17;
+/// asm-generic/errno-base.h.
+const EINVAL: i32 = 22;
 
 /// Destinations in a sandbox that the records of other attachments hold.
 pub fn claims_of_others(records: &Records, id: &NetnsId, call: &Call<'_>) -> BTreeSet<IpNet> {

@@ -141,7 +141,7 @@ impl Default for NetConf {
 }
 
 /// Keys of ours.
-const OUR_KEYS: [&str; 14] = [
+pub const OUR_KEYS: [&str; 14] = [
     "hijack",
     "hijackCIDR",
     "excludeCIDR",

@@ -410,3 +410,19 @@ fn what_an_earlier_add_made_otherwise_goes() {
         );
     }
 }
+
+/// A second ADD converges to the state that a first one would make: where another owner now holds the prefix, nothing of
+/// ours that is out of date stays beside it.
+#[test]
+fn a_conflict_leaves_no_stale_route_of_ours() {
+    let other = foreign(CIDRS[0], Some("192.168.7.9"), "eth0", (3, 50));
+    let after = wanted(Attached::Overlay, &CIDRS, Some(1300));
+    let mut fresh = Kernel::new(untouched());
+    fresh.seen.pod.routes.push(other.clone());
+    add(&mut fresh, &after, None);
+
+    let (mut kernel, before) = added(Attached::Overlay);
+    kernel.seen.pod.routes.push(other);
+    add(&mut kernel, &after, Some(&before));
+    assert_eq!(kernel.snapshot().routes, fresh.snapshot().routes);
+}
