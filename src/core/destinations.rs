@@ -2,7 +2,10 @@
 //! routes to. The order of precedence is the README's: (1) what is never routed, (2) node addresses, (3) the
 //! administrator's `hijackCIDR`, (4) remote CIDRs inside local ones, (5) remote CIDRs that cover local ones.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
 
@@ -101,7 +104,10 @@ struct Guard {
     /// The pod's own addresses.
     own: Vec<IpAddr>,
     node_addresses: Vec<IpAddr>,
-    connected: CidrSet,
+    /// Prefixes that are on a link; one may lie inside another (`/32` of a gateway inside a subnet).
+    connected: Vec<IpNet>,
+    /// Their union.
+    connected_union: CidrSet,
     /// Connected, local pod, service and node CIDRs, and node addresses.
     local: CidrSet,
     /// What an annotation may name in underlay mode; none in overlay mode, where it grants nothing new.
@@ -111,7 +117,6 @@ struct Guard {
 impl Guard {
     fn new(inputs: Inputs<'_>) -> Self {
         let Inputs { conf, remotes, node, pod, .. } = inputs;
-        let connected: CidrSet = pod.connected.iter().copied().collect();
         let local_cidrs = || [&node.pod_cidrs, &node.service_cidrs, &node.node_cidrs].into_iter().flatten().copied();
         let hosts = node.addresses.iter().map(|addr| host(*addr));
         let local = pod.connected.iter().copied().chain(local_cidrs()).chain(hosts).collect();
@@ -123,7 +128,8 @@ impl Guard {
         Self {
             own: pod.addresses.iter().map(|address| address.addr).collect(),
             node_addresses: node.addresses.clone(),
-            connected,
+            connected: pod.connected.clone(),
+            connected_union: pod.connected.iter().copied().collect(),
             local,
             annotatable,
         }
@@ -157,7 +163,7 @@ impl Guard {
         if let Some(why) = self.never(net) {
             return Err(refused(net, "key \"hijackCIDR\"", why, "remove it"));
         }
-        if self.connected.iter().any(|connected| connected == net) {
+        if self.connected.contains(net) {
             let why = "equals a prefix that is connected in the pod";
             return Err(refused(net, "key \"hijackCIDR\"", why, "remove it, or name longer prefixes inside it"));
         }
@@ -175,7 +181,7 @@ impl Guard {
         if self.node_addresses.iter().any(|addr| host(*addr) == *net) {
             return Err(refused(net, place, "is an address of this node", "remove it; nodes are reachable anyway"));
         }
-        if self.connected.contains(net) {
+        if self.connected_union.contains(net) {
             return Err(refused(net, place, "is connected in the pod", "remove it; the pod reaches it directly"));
         }
         let allowed = self.annotatable.as_ref().is_none_or(|ranges| ranges.contains(net));
@@ -211,11 +217,13 @@ impl Guard {
     /// Local pod and service CIDRs of an underlay pod go through the node. What is connected stays so, except services,
     /// which are on no link whatever prefix they lie in.
     fn add_local(&self, node: &NodeFacts, chosen: &mut Chosen) {
-        for net in node.pod_cidrs.iter().filter(|net| !self.connected.contains(net)) {
-            chosen.add(*net, Origin::default());
-        }
-        for net in node.service_cidrs.iter().filter(|net| !self.connected.iter().any(|connected| connected == *net)) {
-            chosen.add(*net, Origin::default());
+        let pods = node.pod_cidrs.iter().filter(|net| !self.connected_union.contains(net));
+        let services = node.service_cidrs.iter().filter(|net| !self.connected.contains(net));
+        for net in pods.chain(services) {
+            match self.never(net) {
+                Some(why) => chosen.finding(Id::CidrRefused, format!("{net} of node.json {why}")),
+                None => chosen.add(*net, Origin::default()),
+            }
         }
     }
 }
@@ -252,13 +260,27 @@ impl Chosen {
         known.cluster = known.cluster.take().or(origin.cluster);
     }
 
+    /// Subtracts the excludes. What is left of a prefix is longer than the prefix was, so it must also leave out every
+    /// longer prefix that used to win inside it: another chosen one with other attributes, a connected subnet, another
+    /// owner's route.
     fn exclude(&mut self, inputs: Inputs<'_>) {
         let holes: CidrSet = inputs.conf.exclude_cidr.iter().chain(&inputs.request.exclude_cidr).copied().collect();
-        if holes.is_empty() {
-            return;
-        }
-        for (net, origin) in std::mem::take(&mut self.nets) {
-            for piece in subtract(net, &holes) {
+        let taken: BTreeSet<IpNet> = inputs.pod.connected.iter().chain(&inputs.pod.foreign).copied().collect();
+        let before = std::mem::take(&mut self.nets);
+        for (net, origin) in &before {
+            if !holes.overlaps(net) {
+                self.add(*net, origin.clone());
+                continue;
+            }
+            if holes.covering(net).is_some() {
+                continue;
+            }
+            // In the order of prefixes, what lies inside one comes right after it.
+            let chosen = before.range(net..).map(|(other, _)| other).skip(1).take_while(|other| net.contains(*other));
+            let others = taken.range(net..).take_while(|other| net.contains(*other));
+            let mut holes = holes.clone();
+            holes.extend(chosen.chain(others).copied());
+            for piece in subtract(*net, &holes) {
                 self.add(piece, origin.clone());
             }
         }

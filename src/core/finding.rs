@@ -23,7 +23,7 @@ impl fmt::Display for Severity {
 }
 
 macro_rules! findings {
-    ($($(#[$doc:meta])* $name:ident = $id:literal, $severity:ident, $cause:literal, $cure:literal;)*) => {
+    ($($name:ident = $id:literal, $severity:ident, $cause:literal, $cure:literal;)*) => {
         /// Stable identity of a kind of finding.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
         pub enum Id {
@@ -65,7 +65,7 @@ findings! {
         "A remotes file is refused: it does not parse, is too new, or is not root's alone to write",
         "Mend the file the message names; its last good copy is used meanwhile, if there is one";
     CidrRefused = "XL-CIDR-REFUSED", Warning,
-        "A remote CIDR is a default route, loopback, multicast, or the pod's own address",
+        "A remote or local CIDR is a default route, loopback, multicast, or the pod's own address",
         "Remove the CIDR from the source the message names";
     CidrWide = "XL-CIDR-WIDE", Warning,
         "A remote prefix is shorter than /4 (IPv4) or /8 (IPv6)",

@@ -221,6 +221,7 @@ pub struct Sysctl {
 
 /// A veth pair whose one end is in the pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Veth {
     /// Name of the pod's end.
     pub pod: String,
@@ -305,7 +306,8 @@ pub enum Change {
 }
 
 impl Change {
-    /// What undoes it; nothing where undoing the creation of its link does, or where it is meant to stay (the rule).
+    /// What undoes it; nothing where undoing the creation of its link does, where it is meant to stay (the rule), and where
+    /// it repaired a link of an earlier ADD, which nobody wants broken again.
     pub fn inverse(&self) -> Option<Self> {
         match self {
             Self::CreateVeth(veth) => Some(Self::DeleteNodeLink(veth.node.clone())),

@@ -93,17 +93,20 @@ fn is_node_link(link: &Link) -> bool {
 /// Node addresses by the kernel's word, for nodes without `node.json`: global addresses of links that are not
 /// [excluded](NOT_NODE_LINKS), those of the default route's link first. Returns them and how many there were in all.
 pub fn addresses_from_kernel(node: &NetnsState) -> (Vec<IpAddr>, usize) {
+    let default_dev = |family: Family| {
+        let defaults = node.routes.iter().filter(|seen| {
+            let route = &seen.route;
+            route.table == TABLE_MAIN && route.dst.prefix_len() == 0 && Family::of_net(&route.dst) == family
+        });
+        defaults.min_by_key(|seen| seen.metric).map(|seen| seen.route.dev.clone())
+    };
+    let by_default = Family::ALL.map(|family| (family, default_dev(family)));
     let mut found: Vec<(bool, IpAddr)> = Vec::new();
     for link in node.links.iter().filter(|link| is_node_link(link)) {
         for address in node.addresses.iter().filter(|a| a.dev == link.name && a.global && !a.unstable && !a.tentative) {
-            let family = Family::of(address.net.addr());
-            let by_default = node.routes.iter().any(|r| {
-                r.route.table == TABLE_MAIN
-                    && r.route.dst.prefix_len() == 0
-                    && r.route.dev == link.name
-                    && Family::of_net(&r.route.dst) == family
-            });
-            found.push((!by_default, address.net.addr()));
+            let addr = address.net.addr();
+            let first = by_default.contains(&(Family::of(addr), Some(link.name.clone())));
+            found.push((!first, addr));
         }
     }
     // Stable: within one group the kernel's order (by link, then as configured) stays.

@@ -54,7 +54,7 @@ pub fn plan(wanted: &Wanted, observed: &Observed, context: Context<'_>) -> Plan 
     }
     plan.changes
         .extend(wanted.rules.iter().filter(|rule| !observed.node.rules.contains(rule)).copied().map(Change::AddRule));
-    let gone = GoneLinks::new(wanted, link);
+    let gone = GoneLinks::new(wanted, context.previous, link);
     let mut stale = Vec::new();
     for side in [Side::Node, Side::Pod] {
         stale.extend(plan.routes(side, wanted, RoutesSeen { observed, context, gone: &gone }));
@@ -73,17 +73,25 @@ enum LinkState {
     Made,
 }
 
-/// Names of interfaces whose routes go with them.
-struct GoneLinks<'a>(Option<&'a Veth>);
+/// Veth pairs whose routes go with them: one that is made anew, one that is not wanted any more.
+struct GoneLinks<'a>(Vec<&'a Veth>);
 
 impl<'a> GoneLinks<'a> {
-    fn new(wanted: &'a Wanted, link: LinkState) -> Self {
-        Self(wanted.veth.as_ref().filter(|_| link == LinkState::Made))
+    fn new(wanted: &'a Wanted, previous: Option<&'a Wanted>, link: LinkState) -> Self {
+        let new = wanted.veth.as_ref();
+        let old = previous.and_then(|previous| previous.veth.as_ref());
+        let made = new.filter(|_| link == LinkState::Made);
+        let unwanted = old.filter(|old| new.is_none_or(|new| !same_names(new, old)));
+        Self(made.into_iter().chain(unwanted).collect())
     }
 
     fn has(&self, side: Side, dev: &str) -> bool {
-        self.0.is_some_and(|veth| dev == if side == Side::Pod { &veth.pod } else { &veth.node })
+        self.0.iter().any(|veth| dev == if side == Side::Pod { &veth.pod } else { &veth.node })
     }
+}
+
+fn same_names(one: &Veth, other: &Veth) -> bool {
+    (&one.node, &one.pod) == (&other.node, &other.pod)
 }
 
 /// Input of [`Plan::routes`].
@@ -115,8 +123,7 @@ impl RoutesSeen<'_> {
 impl Plan {
     fn links(&mut self, wanted: &Wanted, observed: &Observed, context: Context<'_>) -> LinkState {
         let previous = context.previous.and_then(|previous| previous.veth.as_ref());
-        let unwanted = previous
-            .filter(|old| wanted.veth.as_ref().is_none_or(|new| (&new.node, &new.pod) != (&old.node, &old.pod)));
+        let unwanted = previous.filter(|old| wanted.veth.as_ref().is_none_or(|new| !same_names(new, old)));
         if let Some(old) = unwanted.filter(|old| observed.node.link(&old.node).is_some()) {
             self.changes.push(Change::DeleteNodeLink(old.node.clone()));
         }
@@ -184,25 +191,34 @@ impl Plan {
         for route in alive {
             by_dst.entry((route.route.table, route.route.dst)).or_default().push(route);
         }
+        let mut deletions = Vec::new();
         for route in wanted.routes(side) {
             let existing = by_dst.remove(&(route.table, route.dst)).unwrap_or_default();
             let (own, foreign): (Vec<&ObservedRoute>, Vec<_>) =
                 existing.into_iter().partition(|existing| seen.own(side, existing, wanted));
-            if own.iter().any(|own| own.same_as(route)) {
-                continue;
-            }
-            if foreign.iter().any(|foreign| foreign.same_as(route)) {
+            // One with a lower metric wins over ours even where ours is there.
+            let wins =
+                |foreign: &&&ObservedRoute| own.iter().all(|own| foreign.metric < own.metric || !own.same_as(route));
+            let mut stale = Vec::new();
+            if foreign.iter().any(|foreign| foreign.same_as(route)) && !own.iter().any(|own| own.same_as(route)) {
                 self.identical.push(route.clone());
-            } else if let Some(foreign) = foreign.first() {
-                self.conflicts.push(Conflict { side, wanted: route.clone(), existing: (*foreign).clone() });
+                stale = own;
+            } else if let Some(foreign) = foreign.iter().filter(|foreign| !foreign.same_as(route)).find(wins) {
+                self.conflicts.push(Conflict { side, wanted: route.clone(), existing: (**foreign).clone() });
+                stale = own;
+            } else if own.iter().any(|own| own.same_as(route)) {
+                continue;
             } else if let Some(own) = own.first() {
                 self.changes.push(Change::ReplaceRoute(side, route.clone(), own.route.clone()));
             } else {
                 self.changes.push(Change::AddRoute(side, route.clone()));
             }
+            // Ours would be forgotten with the wish for it.
+            deletions.extend(stale.iter().map(|own| Change::DeleteRoute(side, own.route.clone())));
         }
         let left = by_dst.into_values().flatten().filter(|left| seen.own(side, left, wanted));
-        left.map(|left| Change::DeleteRoute(side, left.route.clone())).collect()
+        deletions.extend(left.map(|left| Change::DeleteRoute(side, left.route.clone())));
+        deletions
     }
 }
 

@@ -12,7 +12,7 @@ use crate::{
     facts::Attached,
     finding::Finding,
     model::Sysctl,
-    netconf::{Mode, NetConf, valid_identifier, valid_ifname},
+    netconf::{Mode, NetConf, ReplyPath, valid_identifier, valid_ifname},
     request::{NamedCidr, PodRequest},
     result::ResultIp,
     select::Selection,
@@ -83,7 +83,7 @@ pub struct Wishes {
     #[serde(default, rename = "hijackCIDR")]
     pub hijack_cidr: Vec<IpNet>,
     /// The pod author's CIDRs, with where each was named.
-    #[serde(default)]
+    #[serde(default, rename = "podCIDRs")]
     pub pod_cidrs: Vec<(IpNet, String)>,
     /// Excludes of both.
     #[serde(default, rename = "excludeCIDR")]
@@ -94,6 +94,9 @@ pub struct Wishes {
     /// Configured mode.
     #[serde(default)]
     pub mode: Mode,
+    /// How replies leave.
+    #[serde(default)]
+    pub reply_path: ReplyPath,
     /// Name of the veth in the pod.
     pub veth_name: String,
     /// Its configured MTU.
@@ -119,6 +122,7 @@ impl Wishes {
             exclude_cidr: conf.exclude_cidr.iter().chain(&request.exclude_cidr).copied().collect(),
             annotation_cidrs: conf.annotation_cidrs.clone(),
             mode: conf.mode,
+            reply_path: conf.reply_path,
             veth_name: conf.veth_name.clone(),
             veth_mtu: conf.veth_mtu,
             remotes_dir: conf.remotes_dir.clone(),
@@ -135,6 +139,7 @@ impl Wishes {
             exclude_cidr: self.exclude_cidr.clone(),
             annotation_cidrs: self.annotation_cidrs.clone(),
             mode: self.mode,
+            reply_path: self.reply_path,
             veth_name: self.veth_name.clone(),
             veth_mtu: self.veth_mtu,
             remotes_dir: self.remotes_dir.clone(),

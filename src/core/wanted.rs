@@ -46,6 +46,7 @@ pub struct WantedSysctl {
 
 /// Wanted kernel state of one attachment, without what is common to all (the rule stays for ever).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Wanted {
     /// Our veth pair; underlay only.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -172,7 +172,7 @@ fn named_link(name: &str) -> LinkMessage {
     message
 }
 
-/// Asks for one interface by name; without statistics, which are most of the answer.
+/// Asks for one interface by name, without IPv6's statistics of it.
 pub fn get_link_by_name(name: &str) -> Request {
     let mut message = named_link(name);
     message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));

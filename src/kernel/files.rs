@@ -142,20 +142,32 @@ pub fn make_private_dir(dir: &Path) -> Result<(), Error> {
     made.map_err(|err| Error::file("make directory", dir, &err))
 }
 
+/// Whether a written file must survive a power failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// fsync of the file and of its directory.
+    Synced,
+    /// None: what the file is about does not survive either. Readers still never see half of it.
+    Volatile,
+}
+
 /// Writes a file so that at no moment a reader sees half of it, and a crash leaves the old or the new content: temporary
 /// file in the same directory, fsync, rename, fsync of the directory.
 ///
 /// # Errors
 /// The system's; the old content is in place then, and no temporary file is left.
-pub fn write_atomic(path: &Path, content: &[u8], mode: u32) -> Result<(), Error> {
+pub fn write_atomic(path: &Path, content: &[u8], mode: u32, durability: Durability) -> Result<(), Error> {
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(Error::File { what: "write", path: path.to_owned(), errno: nix::errno::Errno::EINVAL });
     };
     let temporary = dir.join(temporary_name(name));
-    let outcome = write_and_sync(&temporary, content, mode).and_then(|()| std::fs::rename(&temporary, path));
-    if let Err(err) = outcome {
+    let written = write_new(&temporary, content, mode, durability);
+    if let Err(err) = written.and_then(|()| std::fs::rename(&temporary, path)) {
         let _ = std::fs::remove_file(&temporary);
         return Err(Error::file("write", path, &err));
+    }
+    if durability == Durability::Volatile {
+        return Ok(());
     }
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(|err| Error::file("write", path, &err))
 }
@@ -169,7 +181,7 @@ fn temporary_name(name: &OsStr) -> PathBuf {
     hidden.into()
 }
 
-fn write_and_sync(path: &Path, content: &[u8], mode: u32) -> std::io::Result<()> {
+fn write_new(path: &Path, content: &[u8], mode: u32, durability: Durability) -> std::io::Result<()> {
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)
@@ -178,5 +190,5 @@ fn write_and_sync(path: &Path, content: &[u8], mode: u32) -> std::io::Result<()>
         .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
         .open(path)?;
     file.write_all(content)?;
-    file.sync_all()
+    if durability == Durability::Synced { file.sync_all() } else { Ok(()) }
 }

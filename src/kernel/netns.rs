@@ -143,7 +143,9 @@ pub fn require_capabilities() -> Result<(), Error> {
 /// # Errors
 /// The system's, or `EFBIG`.
 pub(crate) fn read_limited(file: &File, limit: u64) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
+    // One byte more than there is, so that the end is seen without growing. /proc says 0.
+    let size = file.metadata().map_or(0, |meta| meta.len()).min(limit);
+    let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or_default() + 64);
     file.take(limit + 1).read_to_end(&mut bytes)?;
     if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > limit {
         return Err(std::io::Error::from_raw_os_error(libc::EFBIG));

@@ -6,7 +6,7 @@ use crosslink_core::record::{self, Record};
 
 use crate::{
     error::Error,
-    files::{list_json, make_private_dir, read_trusted, write_atomic},
+    files::{Durability, list_json, make_private_dir, read_trusted, write_atomic},
 };
 
 /// The directory of records.
@@ -62,10 +62,12 @@ impl Records {
             path: path.clone(),
             errno: nix::errno::Errno::EINVAL,
         })?;
-        match write_atomic(&path, &json, 0o600) {
+        // Sandboxes do not outlive a power failure, so their records need not.
+        let write = || write_atomic(&path, &json, 0o600, Durability::Volatile);
+        match write() {
             Err(Error::File { errno: nix::errno::Errno::ENOENT, .. }) => {
                 make_private_dir(&self.dir)?;
-                write_atomic(&path, &json, 0o600)
+                write()
             }
             other => other,
         }

@@ -1,7 +1,7 @@
 //! The real kernel.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     fs::File,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
@@ -49,14 +49,14 @@ struct Namespace {
     socket: Socket,
     /// `/proc/sys/net/ipv4/conf` and `ipv6/conf` as this namespace sees them. `/proc/sys/net` follows the thread, but a
     /// directory once opened stays with the namespace it was opened in; so one setns is enough.
-    conf: HashMap<&'static str, OwnedFd>,
+    conf: BTreeMap<&'static str, OwnedFd>,
     /// Interface indices by name.
-    links: HashMap<String, u32>,
+    links: BTreeMap<String, u32>,
 }
 
 impl Namespace {
     fn open() -> Result<Self, Error> {
-        let mut conf = HashMap::new();
+        let mut conf = BTreeMap::new();
         for (family, path) in [("ipv4", "/proc/sys/net/ipv4/conf"), ("ipv6", "/proc/sys/net/ipv6/conf")] {
             match nix::fcntl::open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()) {
                 Ok(fd) => drop(conf.insert(family, fd)),
@@ -65,7 +65,7 @@ impl Namespace {
                 Err(errno) => return Err(Error::File { what: "open", path: path.into(), errno }),
             }
         }
-        Ok(Self { socket: Socket::open()?, conf, links: HashMap::new() })
+        Ok(Self { socket: Socket::open()?, conf, links: BTreeMap::new() })
     }
 
     fn sysctl(&self, key: &str, write: Option<&str>) -> Result<Option<String>, Error> {

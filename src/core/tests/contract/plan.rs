@@ -181,6 +181,24 @@ fn an_identical_foreign_route_is_left_and_noted() {
     }
 }
 
+/// The same next hop is not the same route where it is one of several, or where the route drops what it matches.
+#[test]
+fn a_foreign_route_that_looks_alike_is_a_conflict() {
+    let wanted = wanted(Attached::Overlay, &CIDRS, None);
+    for (unicast, multipath) in [(true, true), (false, false)] {
+        let route = wanted.pod_routes[0].route.clone();
+        let mut kernel = Kernel::new(untouched());
+        kernel.seen.pod.routes.push(ObservedRoute { route, protocol: 3, metric: 20, unicast, multipath });
+        let plan = add(&mut kernel, &wanted, None);
+        assert_eq!(
+            (plan.conflicts.len(), plan.identical.len(), ours(&kernel).len()),
+            (1, 0, 3),
+            "{unicast} {multipath}"
+        );
+        assert_eq!(drifted(&wanted, &kernel.seen).len(), 1);
+    }
+}
+
 /// Conformance 13, as far as it is pure: undone after any number of changes, the state is the one before.
 #[test]
 fn an_add_that_fails_anywhere_is_undone() {
@@ -319,7 +337,14 @@ fn a_foreign_veth_is_reported() {
         assert!(!plan.changes.iter().any(|change| matches!(change, Change::CreateVeth(_) | Change::DeleteNodeLink(_))));
         assert!(drifted(&wanted, &kernel.seen).iter().any(|line| line.contains("veth0")));
     }
-    // Its overlay twin does not mind.
+    // Neither is it ours while our node end still is there, without its peer.
+    let (mut kernel, _) = added(Attached::Underlay);
+    kernel.drop_link(Side::Pod, "veth0");
+    kernel.seen.pod.links.push(spider(Some(30)));
+    let plan = planned(&wanted, &kernel);
+    assert_eq!(plan.foreign_veth.as_deref(), Some("veth0"));
+    assert!(!plan.changes.iter().any(|change| matches!(change, Change::CreateVeth(_))));
+    // An overlay pod does not mind.
     let mut kernel = Kernel::new(untouched());
     kernel.seen.pod.links.push(spider(None));
     assert_eq!(planned(&self::wanted(Attached::Overlay, &CIDRS, None), &kernel).foreign_veth, None);
