@@ -60,7 +60,14 @@ struct Work {
 impl Work {
     fn undo(&self, kernel: &mut dyn Kernel) {
         let all: Vec<usize> = (0..self.done.len()).collect();
-        let refused = attachment::undo(&self.done, &all, kernel);
+        let mut refused = attachment::undo(&self.done, &all, kernel);
+        if let Some(previous) = &self.previous
+            && self.done.iter().any(|change| change.inverse().is_none())
+        {
+            // Some changes have no inverse of their own (a veth that had to go), but what was applied before is known.
+            let claimed = claims_of_others(&self.records, &previous.netns, (&self.container_id, &self.ifname));
+            refused.extend(attachment::restore(&previous.applied, &claimed, kernel));
+        }
         for err in &refused {
             log::error!("undo: {err}");
         }
@@ -163,7 +170,8 @@ impl Adding<'_> {
         for _ in 0..ROUNDS {
             self.findings.truncate(found);
             self.findings.extend(distrusted.iter().cloned());
-            let mut prepared = attachment::prepare(Attachment { node: &node, ..self.attachment }, kernel)?;
+            let previous = self.work.previous.as_ref();
+            let mut prepared = attachment::prepare(Attachment { node: &node, ..self.attachment }, previous, kernel)?;
             self.findings.append(&mut prepared.findings);
             let plan = self.plan(&mut prepared)?;
             let record = self.record(&prepared, &plan);
@@ -204,8 +212,13 @@ impl Adding<'_> {
 
     fn plan(&mut self, prepared: &mut Prepared) -> Result<Plan, Error> {
         let claimed = self.claimed(prepared);
-        let previous = self.work.previous.as_ref().map(|record| &record.applied);
-        let plan = plan(&prepared.wanted, &prepared.observed, Context { previous, claimed: &claimed });
+        let previous = self.work.previous.as_ref();
+        let context = Context {
+            previous: previous.map(|record| &record.applied),
+            saved: previous.map_or(&[][..], |record| &record.saved),
+            claimed: &claimed,
+        };
+        let plan = plan(&prepared.wanted, &prepared.observed, context);
         if let Some(name) = &plan.foreign_veth {
             return Err(foreign_veth(name, self.conf, prepared));
         }
@@ -227,7 +240,8 @@ impl Adding<'_> {
         if routes.iter().all(|seen| !seen.ours() || own.contains(&seen.route.dst)) {
             return BTreeSet::new();
         }
-        claims_of_others(&self.work.records, &self.id, self.call)
+        let env = self.call.env;
+        claims_of_others(&self.work.records, &self.id, (&env.container_id, &env.ifname))
     }
 
     /// A conflict over a named CIDR is an error; over a remote one a finding, and the CIDR is not wanted any more.
@@ -319,17 +333,15 @@ const EEXIST: i32 = 17;
 const EINVAL: i32 = 22;
 
 /// Destinations in a sandbox that the records of other attachments hold.
-pub fn claims_of_others(records: &Records, id: &NetnsId, call: &Call<'_>) -> BTreeSet<IpNet> {
-    let env = call.env;
-    let others = records.all().into_iter().filter_map(Result::ok).filter(|record| {
-        record.netns.same(id) && (&record.container_id, &record.ifname) != (&env.container_id, &env.ifname)
-    });
-    others.flat_map(|record| record.claims()).collect()
+pub fn claims_of_others(records: &Records, id: &NetnsId, (container_id, ifname): (&str, &str)) -> BTreeSet<IpNet> {
+    let others = records.others(container_id, ifname).into_iter().filter_map(Result::ok);
+    others.filter(|record| record.netns.same(id)).flat_map(|record| record.claims()).collect()
 }
 
 /// Old values to put back: those of an earlier ADD first, since what is there now is that ADD's work.
 fn saved(wanted: &Wanted, changes: &[Change], previous: Option<&Record>, done: &[Change]) -> Vec<Sysctl> {
     let mut saved: Vec<Sysctl> = previous.map(|record| record.saved.clone()).unwrap_or_default();
+    saved.retain(|old| wanted.sysctls.iter().any(|want| (want.sysctl.side, &want.sysctl.key) == (old.side, &old.key)));
     for change in done.iter().chain(changes) {
         let Change::SetSysctl(new, Some(old)) = change else { continue };
         let restore = wanted.sysctls.iter().any(|wanted| wanted.restore && wanted.sysctl == *new);
@@ -341,6 +353,9 @@ fn saved(wanted: &Wanted, changes: &[Change], previous: Option<&Record>, done: &
 }
 
 fn foreign_veth(name: &str, conf: &NetConf, prepared: &Prepared) -> Error {
+    if name == prepared.pod.ifname {
+        return Error::config(format!("vethName \"{name}\" is the pod's own interface: set vethName to another name"));
+    }
     let link = prepared.observed.pod.link(name);
     let kind = link.and_then(|link| link.kind.as_deref()).unwrap_or("physical");
     Error::new(

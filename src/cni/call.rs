@@ -84,8 +84,8 @@ impl<'a> Call<'a> {
     pub fn parse(verb: Cmd, env: &'a Env, input: &'a str) -> Result<Self, Error> {
         check_env(verb, env)?;
         let raw = RawConf::parse(input)?;
-        let cni_version = raw.cni_version();
-        negotiate(verb, &cni_version).map_err(reply::from_rscni)?;
+        let cni_version = raw.cni_version()?;
+        negotiate(verb, &cni_version)?;
         Ok(Self { verb, env, raw, cni_version })
     }
 
@@ -109,10 +109,21 @@ impl<'a> Call<'a> {
     }
 }
 
-fn negotiate(verb: Cmd, version: &str) -> Result<(), rscni_plugin::error::Error> {
-    let version: SpecVersion = version.parse()?;
-    version.allows(verb)?;
-    PluginInfo::default().validate(version)
+fn negotiate(verb: Cmd, text: &str) -> Result<(), Error> {
+    let named = |err: rscni_plugin::error::Error| {
+        let err = reply::from_rscni(err);
+        Error { msg: format!("cniVersion {}: {}", quoted(text), err.msg), ..err }
+    };
+    let version: SpecVersion = text.parse().map_err(named)?;
+    if version.allows(verb).is_err() {
+        let (verb, since) = match verb {
+            Cmd::Check => ("CHECK", "0.4.0"),
+            verb => (<&str>::from(verb), "1.1.0"),
+        };
+        let text = format!("cniVersion {text} has no {verb}: it came with {since}, raise cniVersion of the conflist");
+        return Err(Error::new(Code::IncompatibleVersion, text));
+    }
+    PluginInfo::default().validate(version).map_err(named)
 }
 
 fn check_env(verb: Cmd, env: &Env) -> Result<(), Error> {
@@ -123,6 +134,10 @@ fn check_env(verb: Cmd, env: &Env) -> Result<(), Error> {
         (CNI_NETNS, &env.netns, sandbox),
         (CNI_IFNAME, &env.ifname, attachment),
     ];
+    // What is not UTF-8 was replaced by this character when the environment was read.
+    if let Some((name, ..)) = needed.iter().find(|(_, value, _)| value.contains(char::REPLACEMENT_CHARACTER)) {
+        return Err(Error::new(Code::Environment, format!("{name} is not UTF-8")));
+    }
     let missing: Vec<&str> =
         needed.iter().filter(|(_, value, needed)| *needed && value.is_empty()).map(|(name, ..)| *name).collect();
     if !missing.is_empty() {
@@ -157,7 +172,8 @@ mod tests {
     #[test]
     fn missing_variables_are_named() {
         for (verb, text) in [(Cmd::Add, "ADD"), (Cmd::Check, "CHECK")] {
-            let err = Call::parse(verb, &Env { command: text.into(), ..Env::default() }, "{}").unwrap_err();
+            let bare = Env { command: text.into(), ..Env::default() };
+            let err = Call::parse(verb, &bare, "{}").unwrap_err();
             assert_eq!(err.code, Code::Environment);
             assert!(err.msg.contains("CNI_CONTAINERID, CNI_NETNS, CNI_IFNAME"), "{}", err.msg);
         }
@@ -191,7 +207,8 @@ mod tests {
             ("1.1.0", Cmd::Status, None),
         ] {
             let input = format!(r#"{{"cniVersion":"{version}"}}"#);
-            let outcome = Call::parse(verb, &env("X"), &input);
+            let env = env("X");
+            let outcome = Call::parse(verb, &env, &input);
             assert_eq!(outcome.err().map(|err| err.code), code, "{version}");
         }
     }

@@ -49,7 +49,9 @@ pub fn check(call: &Call<'_>, kernel: &mut dyn Kernel) -> Result<(), Error> {
         Some(record) if record.state == State::Adding => {
             vec!["the record says that ADD did not come to its end".to_owned()]
         }
-        Some(record) => recorded(&record, &claims_of_others(&records, &id, call), kernel)?,
+        Some(record) => {
+            recorded(&record, &claims_of_others(&records, &id, (&call.env.container_id, &call.env.ifname)), kernel)?
+        }
     };
     log::info!("done: {} differences", lines.len());
     differences(&lines)

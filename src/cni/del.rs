@@ -104,7 +104,8 @@ fn unrecorded(
         observed.pod = kernel.observe_pod(&PodQuery { state: true, ..PodQuery::default() })?;
         // Another attachment's routes carry our protocol too. A record that cannot be read may be of this sandbox.
         let routes_of_ours = observed.pod.routes.iter().any(|seen| seen.ours());
-        sole = routes_of_ours && records.all().iter().all(|record| record.as_ref().is_ok_and(|r| !r.netns.same(id)));
+        let others = || records.others(&call.env.container_id, &call.env.ifname);
+        sole = routes_of_ours && others().iter().all(|other| other.as_ref().is_ok_and(|other| !other.netns.same(id)));
     }
     Ok(teardown_unrecorded(&name, &observed, sole))
 }

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use crosslink_core::{
     error::{Code, Error, quoted},
     finding::{Finding, Id},
+    json::Object,
     model::Change,
     netconf::{self, RawConf, Strictness},
     record::Record,
@@ -79,8 +80,8 @@ fn valid_attachments(raw: &RawConf<'_>) -> Result<Option<BTreeSet<(String, Strin
     let bad = |err: serde_json::Error| {
         Error::config(format!("{} is {}: {err}; give a list of {{containerID, ifname}}", KEYS[0], quoted(list.get())))
     };
-    let list: Option<Vec<Valid>> = serde_json::from_str(list.get()).map_err(bad)?;
-    Ok(Some(list.unwrap_or_default().into_iter().map(|valid| (valid.container_id, valid.ifname)).collect()))
+    let list: Option<Vec<Object<Valid>>> = serde_json::from_str(list.get()).map_err(bad)?;
+    Ok(Some(list.unwrap_or_default().into_iter().map(|Object(valid)| (valid.container_id, valid.ifname)).collect()))
 }
 
 fn is_alive(record: &Record, kernel: &mut dyn Kernel) -> bool {

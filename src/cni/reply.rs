@@ -15,10 +15,11 @@ use rscni_plugin::{
 /// The configuration's version, for error objects: also one that a panic writes.
 static VERSION: OnceLock<SpecVersion> = OnceLock::new();
 
-/// Notes the version under which errors are reported; unknown ones are reported under our newest.
+/// Notes the version under which errors are reported: the configured one, whether or not we speak it, since the
+/// specification asks for the same value. Our newest where there is none.
 pub fn remember_version(input: &str) {
-    let declared = RawConf::parse(input).ok().and_then(|raw| raw.cni_version().parse().ok());
-    if let Some(version) = declared.filter(|version| PluginInfo::default().validate(*version).is_ok()) {
+    let declared = RawConf::parse(input).and_then(|raw| raw.cni_version());
+    if let Some(version) = declared.ok().and_then(|version| version.parse().ok()) {
         let _ = VERSION.set(version);
     }
 }

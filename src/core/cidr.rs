@@ -94,6 +94,26 @@ pub fn host(addr: IpAddr) -> IpNet {
     IpNet::from(addr)
 }
 
+/// Why a prefix is never routed, whoever names it and whatever the pod is.
+pub fn never_routed(net: &IpNet) -> Option<&'static str> {
+    let addr = net.network();
+    if net.prefix_len() == 0 {
+        return Some("is a default route");
+    }
+    if addr.is_loopback() {
+        return Some("is loopback");
+    }
+    if addr.is_multicast() {
+        return Some("is multicast");
+    }
+    match addr {
+        IpAddr::V4(v4) if v4.octets().first() == Some(&0) && net.prefix_len() >= 8 => Some("is \"this network\""),
+        IpAddr::V4(v4) if v4.is_broadcast() => Some("is the broadcast address"),
+        IpAddr::V6(v6) if v6.is_unspecified() && net.prefix_len() == 128 => Some("is the unspecified address"),
+        _ => None,
+    }
+}
+
 /// Parses the address part of `whole`, the value that messages name.
 fn strict_addr(text: &str, whole: &str) -> Result<IpAddr, CidrError> {
     if whole.is_empty() {

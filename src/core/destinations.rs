@@ -10,7 +10,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
-    cidr::host,
+    cidr::{host, never_routed},
     error::Error,
     facts::{Attached, PodFacts},
     finding::{Finding, Id},
@@ -137,25 +137,8 @@ impl Guard {
 
     /// Rule 1: why a prefix is never routed, whoever names it.
     fn never(&self, net: &IpNet) -> Option<&'static str> {
-        let addr = net.network();
-        if net.prefix_len() == 0 {
-            return Some("is a default route");
-        }
-        if self.own.iter().any(|own| host(*own) == *net) {
-            return Some("is the pod's own address");
-        }
-        if addr.is_loopback() {
-            return Some("is loopback");
-        }
-        if addr.is_multicast() {
-            return Some("is multicast");
-        }
-        match addr {
-            IpAddr::V4(v4) if v4.octets().first() == Some(&0) && net.prefix_len() >= 8 => Some("is \"this network\""),
-            IpAddr::V4(v4) if v4.is_broadcast() => Some("is the broadcast address"),
-            IpAddr::V6(v6) if v6.is_unspecified() && net.prefix_len() == 128 => Some("is the unspecified address"),
-            _ => None,
-        }
+        let own = self.own.iter().any(|own| host(*own) == *net);
+        never_routed(net).or(own.then_some("is the pod's own address"))
     }
 
     /// Rules 1 and 3.

@@ -112,6 +112,9 @@ findings! {
     UnknownKey = "XL-UNKNOWN-KEY", Warning,
         "A configuration key or crosslink.dev annotation is not known to this version",
         "Remove it, or upgrade the plugin";
+    BadValue = "XL-BAD-VALUE", Warning,
+        "At DEL or GC, a configuration value is wrong; the default stands in, since a pod must be deletable",
+        "Correct the value that the message names";
     GcAlive = "XL-GC-ALIVE", Warning,
         "GC: an attachment is not in the runtime's list, but its sandbox is alive; it is left to the agent",
         "None needed; find out why the runtime does not list it";

@@ -18,6 +18,7 @@ pub mod destinations;
 pub mod error;
 pub mod facts;
 pub mod finding;
+pub mod json;
 pub mod model;
 pub mod netconf;
 pub mod node;

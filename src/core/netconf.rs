@@ -211,11 +211,18 @@ impl<'a> RawConf<'a> {
     }
 
     /// `cniVersion`; 0.1.0 where it is missing, as the specification says.
-    pub fn cni_version(&self) -> String {
-        match self.value("cniVersion") {
-            Ok(Some(Value::String(text))) if !text.is_empty() => text,
-            Ok(Some(other)) if !other.is_string() => other.to_string(),
-            _ => "0.1.0".to_owned(),
+    ///
+    /// # Errors
+    /// Code 6 where it is no string.
+    pub fn cni_version(&self) -> Result<String, Error> {
+        match self.value("cniVersion")? {
+            None => Ok("0.1.0".to_owned()),
+            Some(Value::String(text)) if text.is_empty() => Ok("0.1.0".to_owned()),
+            Some(Value::String(text)) => Ok(text),
+            Some(other) => {
+                let shown = quoted(&other.to_string());
+                Err(Error::new(Code::Decode, format!("cniVersion is {shown}: give a string like \"1.0.0\"")))
+            }
         }
     }
 }
@@ -266,7 +273,7 @@ pub fn parse(raw: &RawConf<'_>, strictness: Strictness) -> Result<(NetConf, Vec<
             () => unknown_key(key, strictness, &mut findings),
         };
         match outcome {
-            Err(err) if strictness == Strictness::Lenient => findings.push(Finding::new(Id::UnknownKey, err.msg)),
+            Err(err) if strictness == Strictness::Lenient => findings.push(Finding::new(Id::BadValue, err.msg)),
             other => other?,
         }
     }
@@ -298,7 +305,10 @@ fn set(conf: &mut NetConf, key: &str, raw: &RawConf<'_>) -> Result<(), Error> {
     match key {
         "name" => conf.name = network_name(string(key, &value)?)?,
         "hijack" => conf.hijack = selection(key, &value)?,
-        "hijackCIDR" => conf.hijack_cidr = cidrs(key, &value)?,
+        "hijackCIDR" => {
+            conf.hijack_cidr = cidrs(key, &value)?;
+            conf.hijack_cidr.iter().try_for_each(|net| routable(key, net))?;
+        }
         "excludeCIDR" => conf.exclude_cidr = cidrs(key, &value)?,
         "annotationCIDRs" => conf.annotation_cidrs = cidrs(key, &value)?,
         "mode" => {
@@ -336,7 +346,15 @@ fn set(conf: &mut NetConf, key: &str, raw: &RawConf<'_>) -> Result<(), Error> {
 }
 
 fn bad(key: &str, value: &Value, cure: &str) -> Error {
-    Error::config(format!("key \"{key}\" of the crosslink entry is {}: {cure}", quoted(&value.to_string())))
+    let shown = value.as_str().map_or_else(|| quoted(&value.to_string()), quoted);
+    Error::config(format!("key \"{key}\" of the crosslink entry is {shown}: {cure}"))
+}
+
+/// What is never routed is refused before any pod comes, so that STATUS and the installer see it too.
+fn routable(key: &str, net: &IpNet) -> Result<(), Error> {
+    cidr::never_routed(net).map_or(Ok(()), |why| {
+        Err(Error::config(format!("key \"{key}\" of the crosslink entry: \"{net}\" {why}: remove it")))
+    })
 }
 
 fn string<'v>(key: &str, value: &'v Value) -> Result<&'v str, Error> {
@@ -346,7 +364,7 @@ fn string<'v>(key: &str, value: &'v Value) -> Result<&'v str, Error> {
 fn path(key: &str, value: &Value) -> Result<PathBuf, Error> {
     let text = string(key, value)?;
     if !text.starts_with('/') || text.contains('\0') {
-        return Err(bad(key, value, "give an absolute path"));
+        return Err(bad(key, value, "give an absolute path without NUL"));
     }
     Ok(text.into())
 }
@@ -365,11 +383,14 @@ fn mtu(key: &str, value: &Value) -> Result<u32, Error> {
         .as_u64()
         .and_then(|mtu| u32::try_from(mtu).ok())
         .filter(|mtu| *mtu == 0 || (1280..=65535).contains(mtu))
-        .ok_or_else(|| bad(key, value, "give 0 (the MTU of the pod's interface) or 1280 to 65535"))
+        .ok_or_else(|| bad(key, value, "give the number 0 (the MTU of the pod's interface) or one from 1280 to 65535"))
 }
 
 fn selection(key: &str, value: &Value) -> Result<Selection, Error> {
     let names: Vec<String> = match value {
+        Value::String(text) if text.contains(',') => {
+            return Err(bad(key, value, "give several cluster names as a list, such as [\"cluster-b\",\"cluster-c\"]"));
+        }
         Value::String(text) => vec![text.clone()],
         Value::Array(items) => items
             .iter()
@@ -423,7 +444,11 @@ fn interface_name(key: &str, text: &str) -> Result<String, Error> {
     if valid_ifname(text) && text != "lo" {
         return Ok(text.to_owned());
     }
-    Err(bad(key, &Value::from(text), "give an interface name: 1 to 15 characters without \"/\", \":\" or spaces"))
+    Err(bad(
+        key,
+        &Value::from(text),
+        "give an interface name: 1 to 15 characters without \"/\", \":\" or spaces, not lo, . or ..",
+    ))
 }
 
 /// `args.cni` of the entry; missing, `null` and `{}` are the same.

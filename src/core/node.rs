@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use crate::{
     cidr,
+    json::Object,
     model::{Family, Link, NetnsState},
     numbers::{NODE_ADDRESS_LIMIT, TABLE_MAIN},
     remotes::VERSION,
@@ -55,7 +56,7 @@ impl NodeFacts {
 /// # Errors
 /// A sentence that names the field, the value and the cure.
 pub fn parse(text: &str) -> Result<NodeFacts, String> {
-    let raw: RawNode = serde_json::from_str(text).map_err(|err| err.to_string())?;
+    let Object(raw): Object<RawNode> = serde_json::from_str(text).map_err(|err| err.to_string())?;
     if raw.version == 0 || raw.version > VERSION {
         return Err(format!("version {} is not known to this plugin (it reads {VERSION}): upgrade it", raw.version));
     }
@@ -111,8 +112,17 @@ pub fn addresses_from_kernel(node: &NetnsState) -> (Vec<IpAddr>, usize) {
     }
     // Stable: within one group the kernel's order (by link, then as configured) stays.
     found.sort_by_key(|(not_default, _)| *not_default);
-    let total = found.len();
-    (found.into_iter().take(NODE_ADDRESS_LIMIT).map(|(_, addr)| addr).collect(), total)
+    let mut addresses: Vec<IpAddr> = found.into_iter().map(|(_, addr)| addr).collect();
+    let total = addresses.len();
+    // The primary address of each family comes first, so that many of one family do not push out the other's.
+    for family in Family::ALL.into_iter().rev() {
+        if let Some(place) = addresses.iter().position(|addr| Family::of(*addr) == family) {
+            let primary = addresses.remove(place);
+            addresses.insert(0, primary);
+        }
+    }
+    addresses.truncate(NODE_ADDRESS_LIMIT);
+    (addresses, total)
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 
 use crate::{
-    model::{Change, Observed, ObservedRoute, Route, Side, Sysctl, Veth},
+    model::{Change, Link, Observed, ObservedRoute, Route, Side, Sysctl, Veth},
     numbers::{TABLE_MAIN, TABLE_PODS},
     wanted::Wanted,
 };
@@ -16,6 +16,8 @@ use crate::{
 pub struct Context<'a> {
     /// What an earlier ADD of this attachment made.
     pub previous: Option<&'a Wanted>,
+    /// Values from before that ADD, to put back where the sysctl is not wanted any more.
+    pub saved: &'a [Sysctl],
     /// Destinations in this sandbox that records of *other* attachments name: routes of ours, but not this one's.
     pub claimed: &'a BTreeSet<IpNet>,
 }
@@ -47,51 +49,45 @@ pub struct Plan {
 /// Computes the changes that make `observed` hold all of `wanted` and nothing of ours besides.
 pub fn plan(wanted: &Wanted, observed: &Observed, context: Context<'_>) -> Plan {
     let mut plan = Plan::default();
-    let link = plan.links(wanted, observed, context);
-    plan.sysctls(wanted, observed, link);
+    let links = plan.links(wanted, observed, context);
+    plan.sysctls(wanted, context.saved, observed, &links);
     if let Some(veth) = &wanted.veth {
-        plan.veth(veth, wanted, observed, link);
+        plan.veth(veth, wanted, observed, &links);
     }
     plan.changes
         .extend(wanted.rules.iter().filter(|rule| !observed.node.rules.contains(rule)).copied().map(Change::AddRule));
-    let gone = GoneLinks::new(wanted, context.previous, link);
     let mut stale = Vec::new();
     for side in [Side::Node, Side::Pod] {
-        stale.extend(plan.routes(side, wanted, RoutesSeen { observed, context, gone: &gone }));
+        stale.extend(plan.routes(side, wanted, RoutesSeen { observed, context, links: &links }));
     }
     // New before old: at no moment is a destination that stays without a route.
     plan.changes.extend(stale);
     plan
 }
 
-/// What becomes of the veth pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum LinkState {
-    /// It stays, or none is wanted.
-    Kept,
-    /// It is made; nothing that was on a link of its names survives.
-    Made,
+/// What becomes of veth pairs.
+#[derive(Default)]
+struct LinkPlan {
+    /// The wanted pair is made; nothing that was on a link of its names survives.
+    made: bool,
+    /// Interfaces that go, and with them what is on them.
+    gone: BTreeSet<(Side, String)>,
 }
 
-/// Veth pairs whose routes go with them: one that is made anew, one that is not wanted any more.
-struct GoneLinks<'a>(Vec<&'a Veth>);
-
-impl<'a> GoneLinks<'a> {
-    fn new(wanted: &'a Wanted, previous: Option<&'a Wanted>, link: LinkState) -> Self {
-        let new = wanted.veth.as_ref();
-        let old = previous.and_then(|previous| previous.veth.as_ref());
-        let made = new.filter(|_| link == LinkState::Made);
-        let unwanted = old.filter(|old| new.is_none_or(|new| !same_names(new, old)));
-        Self(made.into_iter().chain(unwanted).collect())
-    }
-
-    fn has(&self, side: Side, dev: &str) -> bool {
-        self.0.iter().any(|veth| dev == if side == Side::Pod { &veth.pod } else { &veth.node })
+impl LinkPlan {
+    fn gone(&self, side: Side, dev: &str) -> bool {
+        self.gone.iter().any(|(at, name)| *at == side && name == dev)
     }
 }
 
-fn same_names(one: &Veth, other: &Veth) -> bool {
-    (&one.node, &one.pod) == (&other.node, &other.pod)
+fn are_pair(one: &Link, other: &Link) -> bool {
+    one.peer == Some(other.index) && other.peer == Some(one.index)
+}
+
+/// Whether the pair is there as it was made.
+fn is_intact(veth: &Veth, observed: &Observed) -> bool {
+    let ends = (observed.node.link(&veth.node), observed.pod.link(&veth.pod));
+    matches!(ends, (Some(node), Some(pod)) if are_pair(node, pod) && node.mac == veth.node_mac && pod.mac == veth.pod_mac)
 }
 
 /// Input of [`Plan::routes`].
@@ -99,7 +95,7 @@ fn same_names(one: &Veth, other: &Veth) -> bool {
 struct RoutesSeen<'a> {
     observed: &'a Observed,
     context: Context<'a>,
-    gone: &'a GoneLinks<'a>,
+    links: &'a LinkPlan,
 }
 
 impl RoutesSeen<'_> {
@@ -121,47 +117,60 @@ impl RoutesSeen<'_> {
 }
 
 impl Plan {
-    fn links(&mut self, wanted: &Wanted, observed: &Observed, context: Context<'_>) -> LinkState {
-        let previous = context.previous.and_then(|previous| previous.veth.as_ref());
-        let unwanted = previous.filter(|old| wanted.veth.as_ref().is_none_or(|new| !same_names(new, old)));
-        if let Some(old) = unwanted.filter(|old| observed.node.link(&old.node).is_some()) {
-            self.changes.push(Change::DeleteNodeLink(old.node.clone()));
+    fn links(&mut self, wanted: &Wanted, observed: &Observed, context: Context<'_>) -> LinkPlan {
+        let new = wanted.veth.as_ref();
+        let kept = new.filter(|veth| is_intact(veth, observed));
+        let old = context.previous.and_then(|previous| previous.veth.as_ref());
+        let names: BTreeSet<&str> = old.into_iter().chain(new).map(|veth| veth.node.as_str()).collect();
+        let going: Vec<&Link> = names
+            .into_iter()
+            .filter(|name| kept.is_none_or(|kept| kept.node != *name))
+            .filter_map(|name| observed.node.link(name))
+            .collect();
+        let peers = |link: &Link| {
+            observed.pod.links.iter().filter(|pod| are_pair(link, pod)).map(|pod| pod.name.clone()).collect::<Vec<_>>()
+        };
+        let mut plan = LinkPlan::default();
+        for link in going {
+            plan.gone.insert((Side::Node, link.name.clone()));
+            plan.gone.extend(peers(link).into_iter().map(|name| (Side::Pod, name)));
+            self.changes.push(Change::DeleteNodeLink(link.name.clone()));
         }
-        let Some(veth) = &wanted.veth else { return LinkState::Kept };
-        let node = observed.node.link(&veth.node).filter(|_| unwanted.is_none_or(|old| old.node != veth.node));
-        let pod = observed.pod.link(&veth.pod);
-        let paired = matches!((node, pod), (Some(n), Some(p)) if n.peer == Some(p.index) && p.peer == Some(n.index));
-        if pod.is_some() && !paired && unwanted.is_none_or(|old| old.pod != veth.pod) {
+        let (Some(veth), None) = (new, kept) else { return plan };
+        if observed.pod.link(&veth.pod).is_some() && !plan.gone(Side::Pod, &veth.pod) {
             self.foreign_veth = Some(veth.pod.clone());
-            return LinkState::Kept;
-        }
-        let macs_kept = matches!((node, pod), (Some(n), Some(p)) if n.mac == veth.node_mac && p.mac == veth.pod_mac);
-        if paired && macs_kept {
-            return LinkState::Kept;
-        }
-        if node.is_some() {
-            self.changes.push(Change::DeleteNodeLink(veth.node.clone()));
+            return plan;
         }
         self.changes.push(Change::CreateVeth(veth.clone()));
-        LinkState::Made
+        plan.made = true;
+        // What names a link that is not there any more cannot be on the new one.
+        plan.gone.extend([(Side::Pod, veth.pod.clone()), (Side::Node, veth.node.clone())]);
+        plan
     }
 
-    fn sysctls(&mut self, wanted: &Wanted, observed: &Observed, link: LinkState) {
+    fn sysctls(&mut self, wanted: &Wanted, saved: &[Sysctl], observed: &Observed, links: &LinkPlan) {
+        for old in saved {
+            let wanted = wanted.sysctls.iter().any(|want| (want.sysctl.side, &want.sysctl.key) == (old.side, &old.key));
+            let current = observed.side(old.side).sysctls.get(&old.key);
+            if let Some(current) = current.filter(|current| !wanted && **current != old.value) {
+                self.changes.push(Change::SetSysctl(old.clone(), Some(current.clone())));
+            }
+        }
         for want in &wanted.sysctls {
             let Sysctl { side, key, value } = &want.sysctl;
             let of_veth = wanted.veth.as_ref().is_some_and(|veth| {
                 let dev = if *side == Side::Pod { &veth.pod } else { &veth.node };
                 key.contains(&format!("/conf/{dev}/"))
             });
-            let old = observed.side(*side).sysctls.get(key).filter(|_| !(of_veth && link == LinkState::Made));
+            let old = observed.side(*side).sysctls.get(key).filter(|_| !(of_veth && links.made));
             if old != Some(value) {
                 self.changes.push(Change::SetSysctl(want.sysctl.clone(), old.cloned()));
             }
         }
     }
 
-    fn veth(&mut self, veth: &Veth, wanted: &Wanted, observed: &Observed, link: LinkState) {
-        let made = link == LinkState::Made;
+    fn veth(&mut self, veth: &Veth, wanted: &Wanted, observed: &Observed, links: &LinkPlan) {
+        let made = links.made;
         if let Some(addr) = wanted.veth_address {
             let present = observed.pod.addresses.iter().any(|seen| seen.dev == veth.pod && seen.net.addr() == addr);
             if made || !present {
@@ -187,7 +196,7 @@ impl Plan {
     /// Plans one side's routes; returns the deletions, which come last.
     fn routes(&mut self, side: Side, wanted: &Wanted, seen: RoutesSeen<'_>) -> Vec<Change> {
         let mut by_dst: BTreeMap<(u32, IpNet), Vec<&ObservedRoute>> = BTreeMap::new();
-        let alive = seen.observed.side(side).routes.iter().filter(|r| !seen.gone.has(side, &r.route.dev));
+        let alive = seen.observed.side(side).routes.iter().filter(|r| !seen.links.gone(side, &r.route.dev));
         for route in alive {
             by_dst.entry((route.route.table, route.route.dst)).or_default().push(route);
         }
@@ -224,7 +233,7 @@ impl Plan {
 
 /// What CHECK says: each wanted thing that is missing or different, in words. Surplus is no drift.
 pub fn drift(wanted: &Wanted, observed: &Observed, claimed: &BTreeSet<IpNet>) -> Vec<String> {
-    let plan = plan(wanted, observed, Context { previous: None, claimed });
+    let plan = plan(wanted, observed, Context { previous: None, saved: &[], claimed });
     let mut lines: Vec<String> = plan.foreign_veth.iter().map(|name| format!("pod: {name} is not our veth")).collect();
     lines.extend(plan.changes.iter().filter_map(|change| match change {
         Change::DeleteRoute(..) | Change::DeleteNodeLink(_) => None,

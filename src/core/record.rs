@@ -11,6 +11,7 @@ use crate::{
     error::Error,
     facts::Attached,
     finding::Finding,
+    json::Object,
     model::Sysctl,
     netconf::{Mode, NetConf, ReplyPath, valid_identifier, valid_ifname},
     request::{NamedCidr, PodRequest},
@@ -218,5 +219,5 @@ pub fn parse_file_name(name: &str) -> Option<(&str, &str)> {
 /// # Errors
 /// A sentence for a finding.
 pub fn parse(text: &str) -> Result<Record, Error> {
-    serde_json::from_str(text).map_err(|err| Error::config(err.to_string()))
+    serde_json::from_str(text).map(|Object(record)| record).map_err(|err| Error::config(err.to_string()))
 }

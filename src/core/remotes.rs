@@ -9,6 +9,7 @@ use crate::{
     cidr,
     error::quoted,
     finding::{Finding, Id},
+    json::Object,
     numbers::{SHORTEST_V4, SHORTEST_V6},
     select::valid_cluster,
 };
@@ -28,7 +29,7 @@ struct RawFile {
     #[serde(default)]
     source: String,
     #[serde(default)]
-    clusters: Option<Vec<RawCluster>>,
+    clusters: Option<Vec<Object<RawCluster>>>,
 }
 
 #[derive(Deserialize)]
@@ -70,7 +71,7 @@ pub struct RemoteCluster {
 /// # Errors
 /// A sentence that names the entry, the value and the cure.
 pub fn parse(file: &str, text: &str) -> Result<RemotesFile, String> {
-    let raw: RawFile = serde_json::from_str(text).map_err(|err| err.to_string())?;
+    let Object(raw): Object<RawFile> = serde_json::from_str(text).map_err(|err| err.to_string())?;
     if raw.version == 0 || raw.version > VERSION {
         return Err(format!("version {} is not known to this plugin (it reads {VERSION}): upgrade it", raw.version));
     }
@@ -78,7 +79,7 @@ pub fn parse(file: &str, text: &str) -> Result<RemotesFile, String> {
     Ok(RemotesFile { file: file.to_owned(), source: raw.source, clusters })
 }
 
-fn cluster(raw: RawCluster) -> Result<RemoteCluster, String> {
+fn cluster(Object(raw): Object<RawCluster>) -> Result<RemoteCluster, String> {
     if !valid_cluster(&raw.name) {
         return Err(format!("cluster name {} is not an RFC 1123 label: rename it", quoted(&raw.name)));
     }

@@ -60,7 +60,7 @@ pub fn parse(raw: &RawConf<'_>, strictness: Strictness) -> Result<(PodRequest, V
         let Some(name) = name.strip_prefix(PREFIX) else { continue };
         match known(name) {
             Some(key) => settings.push(Setting { key, place: format!("annotation {PREFIX}{key}"), value }),
-            None => unknown(&format!("{PREFIX}{name}"), name, strictness, &mut findings)?,
+            None => unknown("annotation", PREFIX, name, strictness, &mut findings)?,
         }
     }
     for (name, value) in args_cni(raw)? {
@@ -69,7 +69,7 @@ pub fn parse(raw: &RawConf<'_>, strictness: Strictness) -> Result<(PodRequest, V
             Some(key) => settings.push(Setting { key, place: format!("args.cni key {key}"), value }),
             // `args.cni` belongs to every plugin of the chain, so only a near miss can be meant for us.
             None if did_you_mean(&name, &KEYS).is_some() => {
-                unknown(&format!("args.cni {name}"), &name, strictness, &mut findings)?;
+                unknown("args.cni key", "", &name, strictness, &mut findings)?;
             }
             None => {}
         }
@@ -88,16 +88,22 @@ fn known(name: &str) -> Option<&'static str> {
     KEYS.into_iter().find(|key| *key == name)
 }
 
-fn unknown(shown: &str, name: &str, strictness: Strictness, findings: &mut Vec<Finding>) -> Result<(), Error> {
+fn unknown(
+    what: &str,
+    prefix: &str,
+    name: &str,
+    strictness: Strictness,
+    findings: &mut Vec<Finding>,
+) -> Result<(), Error> {
     let near = did_you_mean(name, &KEYS);
-    let shown = quoted(shown);
+    let shown = quoted(&format!("{prefix}{name}"));
     match (near, strictness) {
         (Some(near), Strictness::Full | Strictness::Near) => {
-            Err(Error::config(format!("unknown annotation {shown}: did you mean \"{PREFIX}{near}\"?")))
+            Err(Error::config(format!("unknown {what} {shown}: did you mean \"{prefix}{near}\"?")))
         }
-        (None, Strictness::Full) => Err(Error::config(format!("unknown annotation {shown}: remove it"))),
+        (None, Strictness::Full) => Err(Error::config(format!("unknown {what} {shown}: remove it"))),
         _ => {
-            findings.push(Finding::new(Id::UnknownKey, format!("unknown annotation {shown}: ignored")));
+            findings.push(Finding::new(Id::UnknownKey, format!("unknown {what} {shown}: ignored")));
             Ok(())
         }
     }

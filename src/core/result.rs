@@ -1,12 +1,13 @@
 //! The result of the plugins before us: passed on byte for byte, looked at only where we must.
 
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr};
 
-use serde::{Deserialize, de::IgnoredAny};
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, value::RawValue};
 
 use crate::{
     error::{Code, Error, quoted},
+    json::Object,
     netconf::RawConf,
 };
 
@@ -22,12 +23,22 @@ pub struct ResultIp {
 /// What is read of a result; every other field, known or not, is skipped.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct View {
-    cni_version: Option<IgnoredAny>,
+struct View<'a> {
     #[serde(default)]
-    interfaces: Option<Vec<Interface>>,
-    #[serde(default)]
-    ips: Option<Vec<Ip>>,
+    cni_version: Option<String>,
+    #[serde(default, borrow)]
+    interfaces: Option<&'a RawValue>,
+    #[serde(default, borrow)]
+    ips: Option<&'a RawValue>,
+}
+
+/// One of the lists of a result; missing and `null` are the same.
+fn list<T: DeserializeOwned>(key: &str, raw: Option<&RawValue>) -> Result<Vec<Object<T>>, Error> {
+    let Some(raw) = raw else { return Ok(Vec::new()) };
+    let parsed: Result<Option<Vec<Object<T>>>, _> = serde_json::from_str(raw.get());
+    parsed
+        .map(Option::unwrap_or_default)
+        .map_err(|err| Error::new(Code::Decode, format!("prevResult is not a CNI result: key \"{key}\": {err}")))
 }
 
 #[derive(Deserialize)]
@@ -63,38 +74,38 @@ impl<'a> PrevResult<'a> {
                 "prevResult is missing: crosslink is a chained plugin, put it after a main CNI plugin in a conflist",
             )
         })?;
-        // serde would read a list as a struct, field by field.
-        if !raw.get().starts_with('{') {
-            return Err(Error::new(Code::Decode, "prevResult is not a JSON object"));
-        }
-        let view: View = serde_json::from_str(raw.get())
+        let Object(view): Object<View<'_>> = serde_json::from_str(raw.get())
             .map_err(|err| Error::new(Code::Decode, format!("prevResult is not a CNI result: {err}")))?;
-        let interfaces = view.interfaces.unwrap_or_default();
+        let interfaces = list::<Interface>("interfaces", view.interfaces)?;
         let mut ips = Vec::new();
-        for ip in view.ips.unwrap_or_default().iter().filter(|ip| belongs(ip, &interfaces, ifname)) {
+        for Object(ip) in list("ips", view.ips)?.iter().filter(|ip| belongs(&ip.0, &interfaces, ifname)) {
             ips.extend(result_ip(ip)?);
         }
-        Ok(Self { raw, versioned: view.cni_version.is_some(), ips })
+        Ok(Self { raw, versioned: view.cni_version.is_some_and(|version| !version.is_empty()), ips })
     }
 
     /// The result to print: prevResult unchanged, with `cniVersion` put in where the runtime left it out.
     pub fn output(&self, cni_version: &str) -> String {
         let text = self.raw.get();
-        match text.strip_prefix('{') {
-            Some(rest) if !self.versioned => {
-                let comma = if rest.trim_start().starts_with('}') { "" } else { "," };
-                format!("{{\"cniVersion\":{}{comma}{rest}", Value::from(cni_version))
-            }
-            _ => text.to_owned(),
+        if self.versioned {
+            return text.to_owned();
         }
+        let mut fields: BTreeMap<String, &RawValue> = serde_json::from_str(text).unwrap_or_default();
+        fields.remove("cniVersion");
+        let mut output = format!("{{\"cniVersion\":{}", Value::from(cni_version));
+        for (key, value) in fields {
+            output.push_str(&format!(",{}:{value}", Value::from(key)));
+        }
+        output.push('}');
+        output
     }
 }
 
 /// Whether an `ips` entry is of the interface: by index into `interfaces`; without one it is `CNI_IFNAME`'s.
-fn belongs(ip: &Ip, interfaces: &[Interface], ifname: &str) -> bool {
+fn belongs(ip: &Ip, interfaces: &[Object<Interface>], ifname: &str) -> bool {
     let Some(index) = ip.interface else { return true };
     let interface = usize::try_from(index).ok().and_then(|index| interfaces.get(index));
-    interface.is_none_or(|interface| {
+    interface.is_none_or(|Object(interface)| {
         let sandboxed = interface.sandbox.as_ref().is_some_and(|path| !path.is_empty());
         interface.name.as_deref() == Some(ifname) && sandboxed
     })

@@ -251,6 +251,8 @@ fn sysctls(veth: &Veth, pod: &PodFacts) -> Vec<WantedSysctl> {
         want(Side::Pod, &veth.pod, "ipv6/disable_ipv6", "0", false);
         want(Side::Pod, &veth.pod, "ipv6/accept_ra", "0", false);
         want(Side::Node, &veth.node, "ipv6/disable_ipv6", "0", false);
+        // IN6_ADDR_GEN_MODE_NONE: the next hop is a neighbour entry, so that the node's end needs no address at all.
+        want(Side::Node, &veth.node, "ipv6/addr_gen_mode", "1", false);
         want(Side::Node, &veth.node, "ipv6/accept_ra", "0", false);
         want(Side::Node, &veth.node, "ipv6/accept_redirects", "0", false);
         want(Side::Node, &veth.node, "ipv6/forwarding", "1", false);

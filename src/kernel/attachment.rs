@@ -1,6 +1,8 @@
 //! From inputs to the kernel state that one attachment should have, and back to what it has: the steps that the plugin
 //! and the agent share. Deciding is `crosslink-core`'s; this only asks the kernel at the right moments.
 
+use std::collections::BTreeSet;
+
 use crosslink_core::{
     destinations::{Inputs, destinations},
     error::Error,
@@ -10,11 +12,15 @@ use crosslink_core::{
     netconf::NetConf,
     node::{NodeFacts, addresses_from_kernel},
     numbers::{NODE_ADDRESS_LIMIT, VethNames},
+    plan::{Context, plan},
+    record::Record,
     remotes::Merged,
     request::PodRequest,
     result::ResultIp,
     wanted::{Identity, Wanted, wanted},
 };
+
+use ipnet::IpNet;
 
 use crate::{Applied, Kernel, NodeQuery, PodQuery};
 
@@ -67,15 +73,21 @@ impl<'a> Attachment<'a> {
     }
 }
 
-/// Looks at sandbox and node and decides. The sandbox must have been entered.
+/// Looks at sandbox and node and decides. The sandbox must have been entered. `previous` is the record of an
+/// earlier ADD of this attachment.
 ///
 /// # Errors
 /// As the decision's, and the kernel's.
-pub fn prepare(attachment: Attachment<'_>, kernel: &mut dyn Kernel) -> Result<Prepared, Error> {
+pub fn prepare(
+    attachment: Attachment<'_>,
+    previous: Option<&Record>,
+    kernel: &mut dyn Kernel,
+) -> Result<Prepared, Error> {
     let (pod, facts) = look_at_pod(attachment, kernel)?;
     let mut node = attachment.node.clone();
     let mut findings = Vec::new();
-    let mut state = NetnsState::default();
+    // A veth of an earlier ADD in another mode is in the way.
+    let mut state = previous.map(|previous| look_at_node(&previous.applied, kernel)).transpose()?.unwrap_or_default();
     if facts.attached == Attached::Underlay {
         let names = VethNames::of(attachment.identity.container_id, attachment.identity.ifname);
         let query = NodeQuery {
@@ -95,7 +107,8 @@ pub fn prepare(attachment: Attachment<'_>, kernel: &mut dyn Kernel) -> Result<Pr
     findings.extend(destinations.findings);
     findings.extend(noted);
     let mut observed = Observed { pod, node: state };
-    complete(&wanted, &[], &mut observed, kernel)?;
+    let saved = previous.map_or(&[][..], |previous| &previous.saved);
+    complete(&wanted, saved, &mut observed, kernel)?;
     Ok(Prepared { pod: facts, node, wanted, observed, findings })
 }
 
@@ -124,7 +137,7 @@ fn take_addresses(node: &mut NodeFacts, state: &NetnsState) -> Option<Finding> {
 ///
 /// # Errors
 /// The kernel's.
-pub fn look(wanted: &Wanted, saved: &[Sysctl], kernel: &mut dyn Kernel) -> Result<Observed, Error> {
+pub fn look(wanted: &Wanted, saved: &[Sysctl], kernel: &mut dyn Kernel) -> Result<Observed, crate::Error> {
     let pod = kernel.observe_pod(&PodQuery { state: true, ..PodQuery::default() })?;
     let node = look_at_node(wanted, kernel)?;
     let mut observed = Observed { pod, node };
@@ -136,14 +149,19 @@ pub fn look(wanted: &Wanted, saved: &[Sysctl], kernel: &mut dyn Kernel) -> Resul
 ///
 /// # Errors
 /// The kernel's.
-pub fn look_at_node(wanted: &Wanted, kernel: &mut dyn Kernel) -> Result<NetnsState, Error> {
+pub fn look_at_node(wanted: &Wanted, kernel: &mut dyn Kernel) -> Result<NetnsState, crate::Error> {
     let Some(veth) = &wanted.veth else { return Ok(NetnsState::default()) };
     let query = NodeQuery { veth: Some(veth.node.clone()), pods_table: true, ..NodeQuery::default() };
-    Ok(kernel.observe_node(&query)?)
+    kernel.observe_node(&query)
 }
 
 /// Adds sysctls and the veth's neighbours to what was looked at.
-fn complete(wanted: &Wanted, saved: &[Sysctl], observed: &mut Observed, kernel: &mut dyn Kernel) -> Result<(), Error> {
+fn complete(
+    wanted: &Wanted,
+    saved: &[Sysctl],
+    observed: &mut Observed,
+    kernel: &mut dyn Kernel,
+) -> Result<(), crate::Error> {
     let keys = |side: Side| -> Vec<String> {
         let wanted = wanted.sysctls.iter().map(|wanted| &wanted.sysctl);
         wanted.chain(saved).filter(|sysctl| sysctl.side == side).map(|sysctl| sysctl.key.clone()).collect()
@@ -178,6 +196,16 @@ pub fn apply_all(changes: &[Change], kernel: &mut dyn Kernel) -> Vec<crate::Erro
         }
     }
     refused
+}
+
+/// Brings an attachment back to what an earlier ADD made of it. Returns what could not be done.
+pub fn restore(applied: &Wanted, claimed: &BTreeSet<IpNet>, kernel: &mut dyn Kernel) -> Vec<crate::Error> {
+    match look(applied, &[], kernel) {
+        Ok(observed) => {
+            apply_all(&plan(applied, &observed, Context { previous: None, saved: &[], claimed }).changes, kernel)
+        }
+        Err(err) => vec![err],
+    }
 }
 
 /// Undoes what was done of a list of changes, last first.

@@ -85,6 +85,19 @@ pub fn link(received: Received<'_>) -> Result<Link, Error> {
     })
 }
 
+/// `IFLA_LINK_NETNSID`: number by which an interface's namespace knows that of its peer; none where it is the same.
+pub fn link_netnsid(received: Received<'_>) -> Option<u32> {
+    const HEADER: usize = 16;
+    Attributes::after(received.payload, HEADER).u32(libc::IFLA_LINK_NETNSID)
+}
+
+/// `struct rtgenmsg`, `NETNSA_NSID` (linux/net_namespace.h); none where no number was given yet (-1).
+pub fn netnsid(received: Received<'_>) -> Option<u32> {
+    const HEADER: usize = 4;
+    const NETNSA_NSID: u16 = 1;
+    Attributes::after(received.payload, HEADER).u32(NETNSA_NSID).filter(|id| *id != u32::MAX)
+}
+
 fn u32_at(bytes: &[u8], place: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(place..place + 4)?.try_into().ok()?))
 }

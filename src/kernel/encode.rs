@@ -12,6 +12,7 @@ use netlink_packet_route::{
     address::{AddressAttribute, AddressMessage, AddressScope},
     link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage},
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+    nsid::{NsidAttribute, NsidMessage},
     route::{
         RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
     },
@@ -185,6 +186,13 @@ pub fn get_link_by_index(index: u32) -> Request {
     message.header.index = index;
     message.attributes = vec![LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
     Request::new(libc::RTM_GETLINK, 0, &message)
+}
+
+/// Asks by which number the sender's namespace knows another one.
+pub fn get_netnsid(other: RawFd) -> Request {
+    let mut message = NsidMessage::default();
+    message.attributes = vec![NsidAttribute::Fd(other.cast_unsigned())];
+    Request::new(libc::RTM_GETNSID, 0, &message)
 }
 
 /// Asks for all interfaces.

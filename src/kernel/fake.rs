@@ -210,13 +210,15 @@ impl FakeKernel {
 }
 
 /// What a new interface's sysctls are, as far as crosslink sets them.
-const LINK_SYSCTLS: [((&str, &str), &str); 6] = [
+const LINK_SYSCTLS: [((&str, &str), &str); 8] = [
     (("ipv4", "rp_filter"), "0"),
     (("ipv4", "forwarding"), "0"),
     (("ipv4", "accept_redirects"), "1"),
     (("ipv6", "disable_ipv6"), "0"),
     (("ipv6", "accept_ra"), "1"),
     (("ipv6", "forwarding"), "0"),
+    (("ipv6", "addr_gen_mode"), "0"),
+    (("ipv6", "accept_redirects"), "1"),
 ];
 
 /// The metric that the kernel gives a route without one (`IP6_RT_PRIO_USER`, net/ip6_route.h).

@@ -11,6 +11,7 @@ use std::{
 use crosslink_core::{
     finding::{Finding, Id},
     node::{self, NodeFacts},
+    record,
     remotes::{self, RemotesFile},
 };
 
@@ -99,15 +100,15 @@ fn read_one(path: &Path, name: &str) -> Result<Option<RemotesFile>, String> {
 }
 
 /// Names in a directory, sorted; none where there is no such directory.
-fn list(dir: &Path, keep: impl Fn(&str) -> bool) -> Result<Vec<String>, String> {
+fn list(dir: &Path, keep: impl Fn(&str) -> bool) -> std::io::Result<Vec<String>> {
     let entries = match std::fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(err) => return Err(err.to_string()),
+        Err(err) => return Err(err),
     };
     let mut names = Vec::new();
     for entry in entries {
-        let name = entry.map_err(|err| err.to_string())?.file_name();
+        let name = entry?.file_name();
         names.extend(name.to_str().filter(|name| keep(name)).map(str::to_owned));
     }
     names.sort_unstable();
@@ -125,12 +126,15 @@ pub fn read_node(path: &Path) -> (NodeFacts, Option<Finding>) {
     }
 }
 
-/// Names of the records in a directory.
+/// Names of the records in a directory; none where it is something else.
 ///
 /// # Errors
 /// The directory is there but cannot be read.
-pub(crate) fn list_json(dir: &Path) -> Result<Vec<String>, String> {
-    list(dir, |name| name.ends_with(".json") && !name.starts_with('.'))
+pub(crate) fn list_records(dir: &Path) -> std::io::Result<Vec<String>> {
+    match list(dir, |name| record::parse_file_name(name).is_some()) {
+        Err(err) if err.kind() == std::io::ErrorKind::NotADirectory => Ok(Vec::new()),
+        other => other,
+    }
 }
 
 /// Makes a directory and its parents, for root alone.

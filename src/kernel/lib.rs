@@ -39,7 +39,7 @@ pub struct PodQuery {
 /// What to look up on the node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeQuery {
-    /// Index of the link that may be the pod's peer.
+    /// Index of the link that may be the peer of one in the sandbox; it is looked up only if its other end is there.
     pub peer: Option<u32>,
     /// All interfaces, addresses and main routes.
     pub addresses: bool,

@@ -6,7 +6,7 @@ use crosslink_core::record::{self, Record};
 
 use crate::{
     error::Error,
-    files::{Durability, list_json, make_private_dir, read_trusted, write_atomic},
+    files::{Durability, list_records, make_private_dir, read_trusted, write_atomic},
 };
 
 /// The directory of records.
@@ -43,12 +43,22 @@ impl Records {
 
     /// Reads all records; what cannot be read is reported as a sentence instead.
     pub fn all(&self) -> Vec<Result<Record, String>> {
-        let names = match list_json(&self.dir) {
+        self.some(|_| true)
+    }
+
+    /// All records but that of one attachment.
+    pub fn others(&self, container_id: &str, ifname: &str) -> Vec<Result<Record, String>> {
+        let own = record::file_name(container_id, ifname);
+        self.some(|name| name != own)
+    }
+
+    fn some(&self, choose: impl Fn(&str) -> bool) -> Vec<Result<Record, String>> {
+        let names = match list_records(&self.dir) {
             Ok(names) => names,
-            Err(why) => return vec![Err(format!("{}: {why}", self.dir.display()))],
+            Err(err) => return vec![Err(format!("{}: {err}", self.dir.display()))],
         };
-        let ours = names.iter().filter(|name| record::parse_file_name(name).is_some());
-        ours.filter_map(|name| self.read_path(&self.dir.join(name)).transpose()).collect()
+        let chosen = names.iter().filter(|name| choose(name));
+        chosen.filter_map(|name| self.read_path(&self.dir.join(name)).transpose()).collect()
     }
 
     /// Writes a record, making the directory on demand.

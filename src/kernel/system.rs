@@ -199,11 +199,30 @@ impl System {
         }
     }
 
+    /// The node's interface of that index, if its other end is in the sandbox. Indices count per namespace, so that the
+    /// same one on the node says nothing by itself.
+    fn peer_of_sandbox(&mut self, index: u32) -> Result<Option<Link>, Error> {
+        let sandbox = self.pod.as_ref().ok_or(Error::NoSandbox)?.netns.file().as_raw_fd();
+        let socket = &mut self.node.socket;
+        let take =
+            |received: crate::socket::Received<'_>| Ok((decode::link(received)?, decode::link_netnsid(received)));
+        let found = socket.get("find an interface by index", &encode::get_link_by_index(index), take)?;
+        let Some((link, Some(peer))) = found else { return Ok(None) };
+        let request = encode::get_netnsid(sandbox);
+        let known =
+            socket.get("find the sandbox's number", &request, |received| Ok(decode::netnsid(received)))?.flatten();
+        Ok((known == Some(peer)).then_some(link))
+    }
+
     /// Translates one change, or carries it out where it is no message of a batch.
     fn step(&mut self, change: &Change) -> Result<Step, Error> {
         Ok(match change {
             Change::CreateVeth(veth) => {
-                let sandbox = self.pod.as_ref().ok_or(Error::NoSandbox)?.netns.file().as_raw_fd();
+                let pod = self.pod.as_mut().ok_or(Error::NoSandbox)?;
+                // Names that a deleted pair had before mean another index from now on.
+                pod.inside.links.remove(&veth.pod);
+                self.node.links.remove(&veth.node);
+                let sandbox = pod.netns.file().as_raw_fd();
                 Step::Send(Side::Node, encode::create_veth(veth, sandbox))
             }
             Change::DeleteNodeLink(name) => {
@@ -327,18 +346,17 @@ impl Kernel for System {
     }
 
     fn observe_node(&mut self, query: &NodeQuery) -> Result<NetnsState, Error> {
-        let node = &mut self.node;
         let mut state = NetnsState::default();
         if query.addresses {
-            state.links = node.links()?;
-            state.addresses = node.addresses(&state.links)?;
-            state.routes = node.routes(&state.links, TABLE_MAIN)?;
+            state.links = self.node.links()?;
+            state.addresses = self.node.addresses(&state.links)?;
+            state.routes = self.node.routes(&state.links, TABLE_MAIN)?;
         }
         if let Some(index) = query.peer {
-            let found =
-                node.socket.get("find an interface by index", &encode::get_link_by_index(index), decode::link)?;
+            let found = self.peer_of_sandbox(index)?;
             state.links.extend(found.filter(|found| state.links.iter().all(|link| link.index != found.index)));
         }
+        let node = &mut self.node;
         if let Some(name) = &query.veth {
             let link = node.link_by_name(name)?;
             if let Some(link) = &link {

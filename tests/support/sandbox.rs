@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
-use crosslink_testkit::{Call, Node, Pod, Reply, Switch, probe::wait_until, unique};
+use crosslink_testkit::{Call, Netns, Node, Pod, Reply, Switch, probe::wait_until, unique};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -127,7 +127,11 @@ impl Sandbox {
         for (_, gateway) in self.addresses {
             self.pod.ip(&format!("route add default via {gateway}"));
         }
-        wait_until("eth0 is up", Duration::from_secs(5), || self.pod.json("link show eth0")[0]["operstate"] == "UP");
+        let up = |netns: &Netns| {
+            let links = netns.json("link show type veth");
+            links.as_array().unwrap().iter().all(|link| link["operstate"] == "UP")
+        };
+        wait_until("all links are up", Duration::from_secs(5), || up(&self.node) && up(&self.pod));
     }
 
     /// A directory for the test's own files, removed with the sandbox.
@@ -257,19 +261,21 @@ impl Sandbox {
         let mut lines = Vec::new();
         for (side, netns) in [("node", &*self.node), ("pod", &*self.pod)] {
             let batch = self.dir.path().join(format!("batch-{side}"));
-            fs::write(&batch, "addr show\nroute show table all\nrule show\nneigh show nud permanent\n").unwrap();
+            fs::write(&batch, "link show\naddr show\nroute show table all\nrule show\nneigh show nud permanent\n")
+                .unwrap();
             for family in ["-4", "-6"] {
                 let text = netns.ip(&format!("{family} -j -batch {}", batch.display()));
-                lines.extend(
-                    text.replace("},{", "},\n{")
-                        .lines()
-                        .filter(|line| counts(line))
-                        .map(|line| format!("{side} {family}: {line}")),
-                );
+                let text = text.replace("},{", "}\n{");
+                let objects = text.lines().map(|line| line.trim_matches(['[', ']'])).filter(|line| counts(line));
+                lines.extend(objects.map(|object| format!("{side} {family}: {object}")));
             }
         }
-        for key in ["ipv4/conf/eth0/rp_filter", "ipv4/conf/all/rp_filter", "ipv6/conf/eth0/accept_ra"] {
-            lines.push(format!("pod: {key} = {}", self.pod.read_sysctl(&format!("net/{key}"))));
+        let all = ["net/ipv4/conf/all/rp_filter", "net/ipv6/conf/all/disable_ipv6"];
+        let of_link =
+            ["net/ipv4/conf/eth0/rp_filter", "net/ipv6/conf/eth0/accept_ra", "net/ipv6/conf/eth0/disable_ipv6"];
+        let has_link = self.pod.json("link show").as_array().unwrap().iter().any(|link| link["ifname"] == "eth0");
+        for key in all.into_iter().chain(of_link.into_iter().filter(|_| has_link)) {
+            lines.push(format!("pod: {key} = {}", self.pod.read_sysctl(key)));
         }
         lines.push(format!("node: forwarding {}", self.node.read_sysctl("net/ipv4/conf/all/forwarding")));
         Snapshot { lines, files: self.files() }

@@ -95,7 +95,8 @@ pub fn crosslink_ruleset(rules: &CrosslinkNft<'_>) -> String {
                 .expect("write to a string");
         }
     }
-    post.push_str(r#"iifname "cl*" oifname != "cl*" ct status dnat counter masquerade"#);
+    // To another underlay pod of this node too: it would answer the client by L2, past the node that translated.
+    post.push_str(r#"iifname "cl*" ct status dnat counter masquerade"#);
     // Deleted in the same transaction, so that loading twice is the same as once; named first, since it may not exist.
     format!(
         "table inet crosslink {{}}

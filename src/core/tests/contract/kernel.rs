@@ -131,6 +131,7 @@ impl Kernel {
                 ("ipv4/forwarding", "0"),
                 ("ipv4/accept_redirects", "1"),
                 ("ipv6/disable_ipv6", "1"),
+                ("ipv6/addr_gen_mode", "0"),
                 ("ipv6/accept_ra", "1"),
                 ("ipv6/accept_redirects", "1"),
                 ("ipv6/forwarding", "0"),

@@ -158,6 +158,7 @@ fn underlay_sysctls_are_those_of_the_contract() {
     let v6 = [
         ("pod", "ipv6/conf/veth0/accept_ra".to_owned(), "0", false),
         ("pod", "ipv6/conf/veth0/disable_ipv6".to_owned(), "0", false),
+        ("node", format!("ipv6/conf/{node}/addr_gen_mode"), "1", false),
         ("node", format!("ipv6/conf/{node}/accept_ra"), "0", false),
         ("node", format!("ipv6/conf/{node}/accept_redirects"), "0", false),
         ("node", format!("ipv6/conf/{node}/disable_ipv6"), "0", false),
