@@ -1,6 +1,6 @@
 //! CHECK of the built plugin against a real kernel: each thing that ADD has made is taken away or changed, CHECK names
 //! exactly that, and another ADD mends it.
-#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout, reason = "tests")]
 
 #[path = "support/sandbox.rs"]
 mod sandbox;
@@ -386,9 +386,12 @@ fn without_a_record_only_what_is_provably_missing_counts() {
     assert_eq!(differences(&reply), [format!("missing: veth pair veth0 (pod) and {name} (node)")]);
 }
 
+/// A change of a record.
+type Edit = fn(&mut Value);
+
 #[test]
 fn a_record_that_is_of_no_use_fails() {
-    let edits: [(fn(&mut Value), &str); 3] = [
+    let edits: [(Edit, &str); 3] = [
         (|record| record["netns"]["cookie"] = json!(1), "the record is of another sandbox (/"),
         (
             |record| {

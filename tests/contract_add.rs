@@ -50,9 +50,24 @@ fn add_into_full(sandbox: &Sandbox, extra: Value) -> Reply {
     Call { stdout, ..sandbox.call("ADD", &sandbox.conf(extra)) }.run().unwrap()
 }
 
+/// Not even a descriptor: Rust's runtime puts /dev/null in its place, into which every write succeeds.
+fn add_without_stdout(sandbox: &Sandbox) -> std::process::Output {
+    let conf = sandbox.scratch().join("conf");
+    std::fs::write(&conf, sandbox.conf(json!({})).to_string()).unwrap();
+    let call = sandbox.call("ADD", &json!({}));
+    in_netns(sandbox.node.path(), || {
+        let mut command = Command::new("sh");
+        command.args(["-c", "exec \"$0\" >&-"]).arg(bin()).stdin(File::open(&conf).unwrap());
+        command.env("CNI_COMMAND", "ADD").env("CNI_CONTAINERID", &call.container_id).env("CNI_NETNS", &call.netns);
+        command.env("CNI_IFNAME", "eth0").output().unwrap()
+    })
+}
+
 #[test]
 fn an_add_whose_result_cannot_be_written_is_undone() {
     for sandbox in both() {
+        let output = sandbox.unchanged(|| add_without_stdout(&sandbox));
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
         let reply = sandbox.unchanged(|| add_into_full(&sandbox, json!({})));
         assert!(reply.exit == Some(1) && reply.stderr.contains("standard output"), "{reply:?}");
         let output = sandbox.unchanged(|| add_into_closed_pipe(&sandbox, json!({})));

@@ -288,11 +288,14 @@ fn lost_answers_of_a_del_converge() {
     }
 }
 
+/// What happens between two ADDs.
+type Prepare = fn(&Bench);
+
 /// One way in which a second ADD has something to do.
 struct Again {
     what: &'static str,
     kind: Kind,
-    prepare: fn(&Bench),
+    prepare: Prepare,
     extra: Value,
 }
 
@@ -304,7 +307,7 @@ fn shrink_and_grow(bench: &Bench) {
 
 /// For every refusal of a second ADD: state and record are those of before, and a third ADD works.
 fn re_add_is_undone(again: &Again) {
-    re_add_fails(again, |what, now, before| assert_same(what, now, before));
+    re_add_fails(again, assert_same);
 }
 
 fn re_add_fails(again: &Again, judge: fn(&str, &[String], &[String])) {
@@ -390,7 +393,7 @@ fn a_re_add_in_another_mode_is_undone() {
 /// What the first ADD found is what DEL leaves, whatever a second ADD was told in between.
 #[test]
 fn a_del_after_another_add_leaves_nothing() {
-    let cases: [(&str, fn(&Bench), Value); 5] = [
+    let cases: [(&str, Prepare, Value); 5] = [
         ("other remotes", shrink_and_grow, json!({})),
         ("another veth MTU", |_| {}, json!({ "vethMTU": 1400 })),
         ("another veth name", |_| {}, json!({ "vethName": "cross0" })),

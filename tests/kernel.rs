@@ -1,5 +1,5 @@
 //! What `System` makes of the real kernel, and the real kernel of it: routes, links, rules, neighbours, sysctls.
-#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 #[path = "support/bed.rs"]
 mod bed;
@@ -115,8 +115,8 @@ const FOREIGN: &[&str] = &[
     "-4 route add 198.51.103.0/24 via 10.99.0.1 dev eth0 onlink",
     "-4 nexthop add id 1 via 10.88.0.9 dev eth0",
     "-4 nexthop add id 2 via 10.88.0.8 dev eth0",
-    "-4 nexthop add id 3 group 1/2",
-    "-4 nexthop add id 4 blackhole",
+    "nexthop add id 3 group 1/2",
+    "nexthop add id 4 blackhole",
     "-6 nexthop add id 5 via fe80::5 dev eth0",
     "-4 route add 198.51.104.0/24 nhid 1",
     "-4 route add 198.51.105.0/24 nhid 3",
@@ -179,7 +179,8 @@ fn routes_by_nexthop_objects_are_told_as_they_are() {
     for args in FOREIGN.iter().filter(|args| args.contains("nexthop add") || args.contains("nhid")) {
         let output = Command::new("ip").args(["-n", bed.pod.name()]).args(args.split(' ')).output().unwrap();
         if !output.status.success() {
-            println!("not on this kernel: {args}: {}", String::from_utf8_lossy(&output.stderr));
+            assert!(std::env::var_os("CI").is_none(), "not on this kernel: {args}");
+            println!("skipped, not on this kernel: {args}: {}", String::from_utf8_lossy(&output.stderr));
             return;
         }
     }

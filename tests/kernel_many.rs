@@ -1,5 +1,5 @@
 //! Large numbers of routes, lost answers, and dumps of tables that change while they are read.
-#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 #[path = "support/bed.rs"]
 mod bed;

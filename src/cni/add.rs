@@ -354,7 +354,8 @@ fn saved(wanted: &Wanted, changes: &[Change], previous: Option<&Record>, done: &
 
 fn foreign_veth(name: &str, conf: &NetConf, prepared: &Prepared) -> Error {
     if name == prepared.pod.ifname {
-        return Error::config(format!("vethName \"{name}\" is the pod's own interface: set vethName to another name"));
+        let text = format!("vethName \"{name}\" is the pod's own interface: set vethName to another name");
+        return Error::new(Code::NoInterface, text);
     }
     let link = prepared.observed.pod.link(name);
     let kind = link.and_then(|link| link.kind.as_deref()).unwrap_or("physical");

@@ -206,12 +206,16 @@ pub fn neighbour(received: Received<'_>, names: Names<'_>) -> Option<Neighbour> 
 /// `struct fib_rule_hdr`, attributes of linux/fib_rules.h: rules that look up a table for every packet.
 pub fn rule(received: Received<'_>) -> Option<Rule> {
     const HEADER: usize = 12;
-    /// Attributes that select nothing: priority, suppression defaults, table, padding, protocol.
-    const NEUTRAL: [u16; 6] = [FRA_PRIORITY, FRA_SUPPRESS_IFGROUP, FRA_SUPPRESS_PREFIXLEN, FRA_TABLE, 18, 21];
+    /// Attributes that select nothing: priority, table, padding, protocol.
+    const NEUTRAL: [u16; 4] = [FRA_PRIORITY, FRA_TABLE, FRA_PAD, FRA_PROTOCOL];
+    /// The kernel always tells these; all ones is "none".
+    const SUPPRESSIONS: [u16; 2] = [FRA_SUPPRESS_IFGROUP, FRA_SUPPRESS_PREFIXLEN];
     const FRA_PRIORITY: u16 = 6;
     const FRA_SUPPRESS_IFGROUP: u16 = 13;
     const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
     const FRA_TABLE: u16 = 15;
+    const FRA_PAD: u16 = 18;
+    const FRA_PROTOCOL: u16 = 21;
     const FR_ACT_TO_TBL: u8 = 1;
     const FIB_RULE_INVERT: u32 = 2;
     let [number, dst_len, src_len, tos, table, _, _, action, ..] = received.payload else { return None };
@@ -219,7 +223,11 @@ pub fn rule(received: Received<'_>) -> Option<Rule> {
     let plain_header = (*dst_len, *src_len, *tos, *action) == (0, 0, 0, FR_ACT_TO_TBL);
     let inverted = u32_at(received.payload, 8)? & FIB_RULE_INVERT != 0;
     let attributes = Attributes::after(received.payload, HEADER);
-    if !plain_header || inverted || attributes.iter().any(|nla| !NEUTRAL.contains(&nla.kind())) {
+    let selects = |nla: &NlaBuffer<&[u8]>| {
+        let none = SUPPRESSIONS.contains(&nla.kind()) && nla.value().iter().all(|byte| *byte == u8::MAX);
+        !(none || NEUTRAL.contains(&nla.kind()))
+    };
+    if !plain_header || inverted || attributes.iter().any(|nla| selects(&nla)) {
         return None;
     }
     let table = attributes.u32(FRA_TABLE).unwrap_or(u32::from(*table));

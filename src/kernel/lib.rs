@@ -23,7 +23,7 @@ use crosslink_core::{
     record::NetnsId,
 };
 
-pub use crate::{error::Error, system::System};
+pub use crate::{error::Error, sys::stdout_was_closed, system::System};
 
 /// What to look up in the sandbox.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

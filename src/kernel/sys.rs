@@ -1,10 +1,35 @@
 //! The few system calls that no crate of ours wraps. The only unsafe code of the project.
-#![expect(unsafe_code, reason = "three system calls without a safe wrapper in nix or std")]
+#![expect(unsafe_code, reason = "system calls without a safe wrapper in nix or std")]
 
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::{
+    os::fd::{AsRawFd, BorrowedFd, RawFd},
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 /// `SO_NETNS_COOKIE` (include/uapi/asm-generic/socket.h, Linux 5.14).
 const SO_NETNS_COOKIE: libc::c_int = 71;
+
+/// Whether the process was started without a standard output. Rust's runtime opens /dev/null in place of a missing
+/// standard descriptor before `main`, so that writing succeeds and nobody ever reads it; only code that runs before the
+/// runtime can tell.
+static STDOUT_CLOSED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn look_at_stdout() {
+    // SAFETY: F_GETFD reads a flag of a descriptor number, open or not.
+    let answer = unsafe { libc::fcntl(libc::STDOUT_FILENO, libc::F_GETFD) };
+    STDOUT_CLOSED.store(answer == -1, Ordering::Relaxed);
+}
+
+/// Run by the C library before `main` (System V ABI, section "Initialization and Termination Functions").
+#[used]
+// SAFETY: the section holds pointers to functions of this very type, and this one needs nothing of Rust's runtime.
+#[unsafe(link_section = ".init_array")]
+static LOOK_AT_STDOUT: extern "C" fn() = look_at_stdout;
+
+/// Whether the process was started without a standard output.
+pub fn stdout_was_closed() -> bool {
+    STDOUT_CLOSED.load(Ordering::Relaxed)
+}
 
 /// Borrows a descriptor from a type that only offers its number.
 pub fn borrow<'a>(fd: RawFd) -> BorrowedFd<'a> {

@@ -85,6 +85,8 @@ impl Namespace {
             (Err(errno), _) => return Err(Error::File { what: "open sysctl", path: path(), errno }),
         };
         let done = match write {
+            // Writing IPv6's takes the kernel's network lock, for which all pods of a node compete; reading does not.
+            Some(value) if self.sysctl(key, None)?.as_deref() == Some(value) => Ok(String::new()),
             Some(value) => std::io::Write::write_all(&mut &file, value.as_bytes()).map(|()| String::new()),
             None => netns::read_limited(&file, SYSCTL_LIMIT)
                 .map(|bytes| String::from_utf8_lossy(&bytes).trim_end().to_owned()),
@@ -429,6 +431,9 @@ impl System {
         if pending.side != side || Self::is_barrier(change) {
             pending.flush(self, applied)?;
             pending.side = side;
+            if !applied.failures.is_empty() {
+                return Ok(());
+            }
         }
         pending.requests.push(request);
         pending.changes.push((place, change));

@@ -212,7 +212,10 @@ impl Stage {
         ui.must(&pod, "pod-b", "ip route")?;
         ui.good(&format!(
             "it serves HTTP at {} and {}, and as service {} and {}",
-            ips[0], ips[1], VIPS[0].0, VIPS[1].0
+            pick(&ips, false),
+            pick(&ips, true),
+            VIPS[0].0,
+            VIPS[1].0
         ));
         Ok(Remote { ips, attachment, runner, pod, _servers: servers })
     }
