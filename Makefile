@@ -33,7 +33,7 @@ doc: setup
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
 
 unit: setup
-	$(CARGO) test --workspace --locked
+	$(CARGO) test --workspace --locked --no-fail-fast
 
 fences: build ## Check the plugin's dependencies, the layers, and the size of the binary.
 	@tests/testkit/fences $(TARGET) dist/bin/crosslink

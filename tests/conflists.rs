@@ -102,7 +102,7 @@ const INVALID: &[(&str, Fault, u64, &[&str])] = &[
     (
         "vethName-taken-in-the-pod",
         Pod,
-        7,
+        101,
         &["vethName \"eth0\"", "the pod's own interface", "set vethName to another name"],
     ),
     ("vethMTU-too-small", Entry, 7, &["\"vethMTU\"", "1279", "1280 to 65535"]),

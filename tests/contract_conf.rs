@@ -80,7 +80,9 @@ fn wrong_values_name_key_value_and_cure() {
                 Value::Array(items) if key.contains("CIDR") => items[0].to_string(),
                 other => other.to_string(),
             };
-            // The message may quote the value once more, so only its longest word must be there.
+            // The message may quote the value once more, and escapes NUL as Rust does, so only its longest word must be
+            // there.
+            let text = text.replace("\\u0000", " ");
             let words = text.split(|c: char| c.is_whitespace() || "\"[]{}\\,".contains(c));
             let word = words.max_by_key(|word| word.len()).unwrap_or_default();
             sandbox.refuses(json!({ key: value }), 7, &[key, cure, word]);
@@ -132,8 +134,9 @@ fn near_misses_are_refused_with_the_key_that_was_meant() {
     }
     for (annotation, meant) in [("hijak", "hijack"), ("hijack-cidrs", "hijack-cidr"), ("Exclude-Cidr", "exclude-cidr")]
     {
-        let parts = [annotation, &format!("crosslink.dev/{meant}")];
+        let parts = [annotation, &format!("did you mean \"crosslink.dev/{meant}\"")];
         sandbox.refuses(annotated(json!({ format!("crosslink.dev/{annotation}"): "none" })), 7, &parts);
+        let parts = ["args.cni", annotation, &format!("did you mean \"{meant}\"")];
         sandbox.refuses(json!({"args": {"cni": { annotation: "none" }}}), 7, &parts);
     }
 }

@@ -92,7 +92,7 @@ fn is_node_link(link: &Link) -> bool {
 }
 
 /// Node addresses by the kernel's word, for nodes without `node.json`: global addresses of links that are not
-/// [excluded](NOT_NODE_LINKS), those of the default route's link first. Returns them and how many there were in all.
+/// excluded by name (`NOT_NODE_LINKS`), those of the default route's link first. Returns them and how many there were in all.
 pub fn addresses_from_kernel(node: &NetnsState) -> (Vec<IpAddr>, usize) {
     let default_dev = |family: Family| {
         let defaults = node.routes.iter().filter(|seen| {

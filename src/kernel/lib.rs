@@ -1,6 +1,6 @@
 //! The only part of crosslink that speaks netlink, enters a network namespace or reads and writes node-local state.
 //!
-//! [`Kernel`] is what the plugin and the agent act through; [`System`] is the real one, [`fake::FakeKernel`] (feature
+//! [`Kernel`] is what the plugin and the agent act through; [`System`] is the real one, `fake::FakeKernel` (feature
 //! `fake`) keeps everything in memory, records every change and replays errno.
 
 pub mod attachment;
