@@ -28,7 +28,7 @@ fn differences(reply: &Reply) -> Vec<String> {
         .filter(|line| !line.is_empty())
         .map(str::to_owned)
         .collect();
-    assert_eq!(head, format!("the pod's network differs in {} places from what was made", lines.len()));
+    assert_eq!(head, format!("the pod's network differs in {} from what was made", places(lines.len())));
     lines
 }
 
@@ -483,4 +483,8 @@ fn the_whole_chain_passes() {
         assert!(failure.msg().contains(&format!("missing: pod: route {cidr} via")), "{}", failure.msg());
         pod.runner.del(&pod.attachment).unwrap();
     }
+}
+
+fn places(count: usize) -> String {
+    if count == 1 { "1 place".to_owned() } else { format!("{count} places") }
 }

@@ -186,13 +186,13 @@ fn a_refusal_by_the_kernel_half_way_undoes_what_was_done() {
     sandbox.pod.ip("-6 route del default");
     let mut result = sandbox.result();
     result["ips"][1]["gateway"] = json!("fd88::5");
-    let extra = json!({ "prevResult": result });
+    let extra = json!({ "prevResult": result, "hijackCIDR": ["fd77::/64"] });
     let reply = sandbox.unchanged(|| sandbox.run("ADD", extra.clone()));
-    refused(&reply, 5, &["route fd11::/64 via fd88::5"]);
+    refused(&reply, 5, &["hijackCIDR", "route fd77::/64 via fd88::5"]);
     assert_eq!(reply.stdout.lines().count(), 1, "{reply:?}");
     // An attachment that is there already stays as it was.
     sandbox.add(json!({"hijack": "none", "hijackCIDR": ["10.1.0.0/16"]}));
-    refused(&sandbox.unchanged(|| sandbox.run("ADD", extra)), 5, &["fd11::/64"]);
+    refused(&sandbox.unchanged(|| sandbox.run("ADD", extra)), 5, &["fd77::/64"]);
 
     // The constant next hop is an address of the pod: refused after the veth pair and the sysctls were made.
     let sandbox = Sandbox::underlay();

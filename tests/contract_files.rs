@@ -204,7 +204,8 @@ fn a_remotes_directory_may_be_missing_but_nothing_else() {
 fn a_node_file_that_is_refused_is_a_finding() {
     let sandbox = Sandbox::underlay();
     let path = sandbox.site.dir.join("node.json");
-    for (cause, make) in odd_files() {
+    // Every field of node.json may be missing, its version too.
+    for (cause, make) in odd_files().into_iter().filter(|(cause, _)| *cause != "version") {
         make(&path);
         let reply = sandbox.add(json!({"failPolicy": "closed"}));
         let warning = reply.stderr.lines().find(|line| line.contains("XL-NODE-FILE")).unwrap().to_owned();

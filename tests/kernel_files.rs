@@ -210,7 +210,7 @@ fn a_planted_link_in_the_temporary_files_place_is_not_followed() {
     let dir = tempfile::tempdir().unwrap();
     let victim = dir.path().join("victim");
     fs::write(&victim, "mine").unwrap();
-    let temporary = dir.path().join(format!(".state.json.{}.tmp", std::process::id()));
+    let temporary = dir.path().join(".state.json.tmp");
     symlink(&victim, &temporary).unwrap();
     let written = write_atomic(&dir.path().join("state.json"), b"new", 0o600, Durability::Synced);
     assert_eq!(fs::read(&victim).unwrap(), b"mine", "{written:?}");
@@ -219,7 +219,7 @@ fn a_planted_link_in_the_temporary_files_place_is_not_followed() {
 #[test]
 fn a_leftover_temporary_file_takes_nothing_along() {
     let dir = tempfile::tempdir().unwrap();
-    let temporary = dir.path().join(format!(".state.json.{}.tmp", std::process::id()));
+    let temporary = dir.path().join(".state.json.tmp");
     fs::write(&temporary, "left by a crash, and longer than what comes").unwrap();
     write_atomic(&dir.path().join("state.json"), b"new", 0o600, Durability::Synced).unwrap();
     assert_eq!(fs::read(dir.path().join("state.json")).unwrap(), b"new");

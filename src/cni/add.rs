@@ -1,12 +1,12 @@
 //! ADD.
 
-use std::{collections::BTreeSet, net::IpAddr, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
 use crosslink_core::{
     error::{Code, Error},
     facts::Attached,
     finding::{Finding, Id},
-    model::{Change, Route, Side, Sysctl},
+    model::{Change, Side, Sysctl},
     netconf::{self, FailPolicy, NetConf, Strictness},
     plan::{Conflict, Context, Plan, describe, plan},
     record::{NetnsId, Record, State, VERSION, Wishes},
@@ -16,14 +16,14 @@ use crosslink_core::{
     wanted::{Identity, Wanted},
 };
 use crosslink_kernel::{
-    Kernel,
+    Applied, Kernel,
     attachment::{self, Attachment, Prepared},
     files,
     records::Records,
 };
 use ipnet::IpNet;
 
-use crate::{call::Call, logging};
+use crate::{call::Call, lessons::Lessons, logging};
 
 /// Longest wait for a sandbox's lock.
 pub const LOCK_WAIT: Duration = Duration::from_secs(5);
@@ -66,7 +66,7 @@ impl Work {
         {
             // Some changes have no inverse of their own (a veth that had to go), but what was applied before is known.
             let claimed = claims_of_others(&self.records, &previous.netns, (&self.container_id, &self.ifname));
-            refused.extend(attachment::restore(&previous.applied, &claimed, kernel));
+            refused.extend(attachment::restore(previous, &claimed, kernel));
         }
         for err in &refused {
             log::error!("undo: {err}");
@@ -93,6 +93,9 @@ pub fn add(call: &Call<'_>, kernel: &mut dyn Kernel) -> Result<Added, Error> {
     let (request, noted) = request::parse(&call.raw, Strictness::Near)?;
     findings.extend(noted);
     let prev = PrevResult::parse(&call.raw, &call.env.ifname)?;
+    let netns = call.netns().ok_or_else(|| Error::new(Code::Environment, "CNI_NETNS must be set for ADD"))?;
+    let id = kernel.enter(netns, LOCK_WAIT)?;
+    // Read under the lock: what changes while another call has it must not be missed.
     let files = files::read_remotes(&conf.remotes_dir);
     if files.broken && conf.fail_policy == FailPolicy::Closed {
         return Err(broken_remotes(&files.findings));
@@ -100,9 +103,6 @@ pub fn add(call: &Call<'_>, kernel: &mut dyn Kernel) -> Result<Added, Error> {
     let (node, noted) = files::read_node(&conf.node_file);
     let remotes = merge(&files.files, node.cluster_name.as_deref());
     findings.extend(files.findings.into_iter().chain(noted).chain(remotes.findings.iter().cloned()));
-
-    let netns = call.netns().ok_or_else(|| Error::new(Code::Environment, "CNI_NETNS must be set for ADD"))?;
-    let id = kernel.enter(netns, LOCK_WAIT)?;
     let identity = Identity { container_id: &call.env.container_id, ifname: &call.env.ifname };
     let attachment =
         Attachment { identity, conf: &conf, request: &request, ips: &prev.ips, remotes: &remotes, node: &node };
@@ -165,55 +165,45 @@ impl Adding<'_> {
     /// Looks, plans and applies until there is nothing left to change.
     fn converge(&mut self, kernel: &mut dyn Kernel) -> Result<(), Error> {
         let found = self.findings.len();
-        let mut node = self.attachment.node.clone();
-        let mut distrusted = Vec::new();
+        let mut lessons = Lessons::new(self.attachment.node.clone());
         for _ in 0..ROUNDS {
             self.findings.truncate(found);
-            self.findings.extend(distrusted.iter().cloned());
+            self.findings.extend(lessons.findings.iter().cloned());
             let previous = self.work.previous.as_ref();
-            let mut prepared = attachment::prepare(Attachment { node: &node, ..self.attachment }, previous, kernel)?;
+            let attachment = Attachment { node: &lessons.node, ..self.attachment };
+            let mut prepared = attachment::prepare(attachment, previous, kernel)?;
+            prepared.wanted.pod_routes.retain(|wanted| !lessons.refused.contains(&wanted.route));
             self.findings.append(&mut prepared.findings);
             let plan = self.plan(&mut prepared)?;
             let record = self.record(&prepared, &plan);
             self.write(&Record { state: State::Adding, ..record.clone() })?;
-            match self.apply(&plan.changes, kernel)? {
-                Round::Settled => return self.finish(record),
-                Round::LookAgain => {}
-                Round::NotOurs(addr) => {
-                    node.addresses.retain(|known| *known != addr);
-                    let text =
-                        format!("{addr} is not an address of this node: correct {}", self.conf.node_file.display());
-                    distrusted.push(Finding::new(Id::NodeAddresses, text));
-                }
+            let applied = self.apply(&plan.changes, kernel);
+            if applied.failures.is_empty() && applied.unknown.is_empty() {
+                return self.finish(record);
+            }
+            for (place, err) in applied.failures {
+                let change = plan.changes.get(place);
+                lessons.learn(change, err, &prepared.wanted, kernel)?;
             }
         }
         Err(Error::new(Code::TryAgain, "the sandbox's network kept changing while routes were added; try again"))
     }
 
     /// Applies one round's changes and notes what was done.
-    fn apply(&mut self, changes: &[Change], kernel: &mut dyn Kernel) -> Result<Round, Error> {
+    fn apply(&mut self, changes: &[Change], kernel: &mut dyn Kernel) -> Applied {
         log::debug!("changes: {}", changes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "));
         let applied = kernel.apply(changes);
         let mut places: Vec<usize> = applied.done.iter().chain(&applied.unknown).copied().collect();
         places.sort_unstable();
         self.work.done.extend(places.iter().filter_map(|place| changes.get(*place)).cloned());
-        let Some((place, err)) = applied.failures.into_iter().next() else {
-            return Ok(if applied.unknown.is_empty() { Round::Settled } else { Round::LookAgain });
-        };
-        let crosslink_kernel::Error::Netlink { errno, .. } = &err else { return Err(err.into()) };
-        match (*errno as i32, changes.get(place)) {
-            // Somebody came between looking and changing.
-            (EEXIST, _) => Ok(Round::LookAgain),
-            // A source address that the node does not have (any more): node.json is out of date.
-            (EINVAL, Some(Change::AddRoute(Side::Node, Route { src: Some(src), .. }))) => Ok(Round::NotOurs(*src)),
-            _ => Err(err.into()),
-        }
+        applied
     }
 
     fn plan(&mut self, prepared: &mut Prepared) -> Result<Plan, Error> {
         let claimed = self.claimed(prepared);
         let previous = self.work.previous.as_ref();
         let context = Context {
+            ifname: &self.call.env.ifname,
             previous: previous.map(|record| &record.applied),
             saved: previous.map_or(&[][..], |record| &record.saved),
             claimed: &claimed,
@@ -225,6 +215,13 @@ impl Adding<'_> {
         self.judge_conflicts(&plan.conflicts, &mut prepared.wanted)?;
         for route in &plan.identical {
             self.findings.push(Finding::new(Id::RouteIdentical, route.to_string()));
+        }
+        for change in &plan.changes {
+            if let Change::ReplaceRoute(Side::Node, new, old) = change
+                && new.dev != old.dev
+            {
+                self.findings.push(Finding::new(Id::AddressTaken, format!("{new}, was {old}")));
+            }
         }
         if prepared.pod.attached == Attached::Underlay {
             self.findings.extend(no_agent(self.conf));
@@ -316,21 +313,6 @@ impl Adding<'_> {
         Ok(())
     }
 }
-
-/// How a round of changes ended.
-enum Round {
-    /// Everything is as wanted.
-    Settled,
-    /// Answers were lost, or another writer came between.
-    LookAgain,
-    /// The kernel does not know this address as the node's.
-    NotOurs(IpAddr),
-}
-
-/// asm-generic/errno-base.h.
-const EEXIST: i32 = 17;
-/// asm-generic/errno-base.h.
-const EINVAL: i32 = 22;
 
 /// Destinations in a sandbox that the records of other attachments hold.
 pub fn claims_of_others(records: &Records, id: &NetnsId, (container_id, ifname): (&str, &str)) -> BTreeSet<IpNet> {

@@ -64,7 +64,9 @@ fn differences(lines: &[String]) -> Result<(), Error> {
         return Ok(());
     }
     let (shown, rest) = lines.split_at(lines.len().min(SHOWN));
-    let msg = format!("the pod's network differs in {} places from what was made: {}", lines.len(), shown.join("; "));
+    let count = lines.len();
+    let places = if count == 1 { "place" } else { "places" };
+    let msg = format!("the pod's network differs in {count} {places} from what was made: {}", shown.join("; "));
     Err(Error::new(Code::Drift, msg).with_details(rest.join("; ")))
 }
 

@@ -45,7 +45,7 @@ pub fn del(call: &Call<'_>, kernel: &mut dyn Kernel) -> Result<(), Error> {
     if let Some(first) = refused.first() {
         // The record stays: the runtime will call again.
         let all: Vec<String> = refused.iter().map(ToString::to_string).collect();
-        return Err(Error::new(Code::Io, format!("{} things could not be removed, first: {first}", refused.len()))
+        return Err(Error::new(Code::Io, format!("what could not be removed: {}, first {first}", refused.len()))
             .with_details(all.join("\n")));
     }
     if let Err(err) = records.remove(&call.env.container_id, &call.env.ifname) {

@@ -8,6 +8,7 @@ mod call;
 mod check;
 mod del;
 mod gc;
+mod lessons;
 mod logging;
 mod reply;
 mod status;

@@ -17,7 +17,7 @@ use crate::{
     model::Family,
     netconf::NetConf,
     node::NodeFacts,
-    numbers::JOIN_LIMIT,
+    numbers::{JOIN_LIMIT, SPLIT_LIMIT},
     remotes::Merged,
     request::PodRequest,
     select::Selection,
@@ -94,7 +94,7 @@ pub fn destinations(inputs: Inputs<'_>) -> Result<Destinations, Error> {
     if inputs.pod.attached == Attached::Underlay {
         guard.add_local(inputs.node, &mut chosen);
     }
-    chosen.exclude(inputs);
+    chosen.exclude(inputs)?;
     chosen.drop_missing_families(inputs.pod);
     Ok(chosen.reduce(inputs.pod))
 }
@@ -110,6 +110,8 @@ struct Guard {
     connected_union: CidrSet,
     /// Connected, local pod, service and node CIDRs, and node addresses.
     local: CidrSet,
+    /// What the administrator names or opens to annotations.
+    granted: CidrSet,
     /// What an annotation may name in underlay mode; none in overlay mode, where it grants nothing new.
     annotatable: Option<CidrSet>,
 }
@@ -120,10 +122,12 @@ impl Guard {
         let local_cidrs = || [&node.pod_cidrs, &node.service_cidrs, &node.node_cidrs].into_iter().flatten().copied();
         let hosts = node.addresses.iter().map(|addr| host(*addr));
         let local = pod.connected.iter().copied().chain(local_cidrs()).chain(hosts).collect();
+        let granted: CidrSet = conf.hijack_cidr.iter().chain(&conf.annotation_cidrs).copied().collect();
         let annotatable = (pod.attached == Attached::Underlay).then(|| {
             let remote = remotes.clusters.values().flat_map(|cluster| cluster.cidrs.keys().copied());
-            let named = conf.hijack_cidr.iter().chain(&conf.annotation_cidrs).copied();
-            remote.chain(local_cidrs()).chain(named).collect()
+            // Not nodeCIDRs: kubelets and the API server are behind those addresses.
+            let local = node.pod_cidrs.iter().chain(&node.service_cidrs).copied();
+            remote.chain(local).chain(granted.iter().copied()).collect()
         });
         Self {
             own: pod.addresses.iter().map(|address| address.addr).collect(),
@@ -131,6 +135,7 @@ impl Guard {
             connected: pod.connected.clone(),
             connected_union: pod.connected.iter().copied().collect(),
             local,
+            granted,
             annotatable,
         }
     }
@@ -161,8 +166,12 @@ impl Guard {
         if let Some(what) = reserved(net) {
             return Err(refused(net, place, what, "only the administrator's hijackCIDR may name such an address"));
         }
-        if self.node_addresses.iter().any(|addr| host(*addr) == *net) {
-            return Err(refused(net, place, "is an address of this node", "remove it; nodes are reachable anyway"));
+        let is_node = self.node_addresses.iter().any(|addr| host(*addr) == *net);
+        let around_node = self.annotatable.is_some()
+            && self.node_addresses.iter().any(|addr| net.contains(addr))
+            && !self.granted.contains(net);
+        if is_node || around_node {
+            return Err(refused(net, place, "holds an address of this node", "remove it; nodes are reachable anyway"));
         }
         if self.connected_union.contains(net) {
             return Err(refused(net, place, "is connected in the pod", "remove it; the pod reaches it directly"));
@@ -246,7 +255,10 @@ impl Chosen {
     /// Subtracts the excludes. What is left of a prefix is longer than the prefix was, so it must also leave out every
     /// longer prefix that used to win inside it: another chosen one with other attributes, a connected subnet, another
     /// owner's route.
-    fn exclude(&mut self, inputs: Inputs<'_>) {
+    ///
+    /// # Errors
+    /// Code 7 where the pod's author multiplies routes beyond reason: one host taken out of a /8 of IPv6 leaves 120 pieces.
+    fn exclude(&mut self, inputs: Inputs<'_>) -> Result<(), Error> {
         let holes: CidrSet = inputs.conf.exclude_cidr.iter().chain(&inputs.request.exclude_cidr).copied().collect();
         let taken: BTreeSet<IpNet> = inputs.pod.connected.iter().chain(&inputs.pod.foreign).copied().collect();
         let before = std::mem::take(&mut self.nets);
@@ -267,6 +279,15 @@ impl Chosen {
                 self.add(piece, origin.clone());
             }
         }
+        let more = self.nets.len().saturating_sub(before.len());
+        if more > SPLIT_LIMIT && !inputs.request.exclude_cidr.is_empty() {
+            let text = format!(
+                "annotation crosslink.dev/exclude-cidr splits this pod's routes into {more} more, of at most {SPLIT_LIMIT}: \
+                 exclude fewer or larger CIDRs"
+            );
+            return Err(Error::config(text));
+        }
+        Ok(())
     }
 
     fn drop_missing_families(&mut self, pod: &PodFacts) {

@@ -167,8 +167,11 @@ fn connected(attachment: Attachment<'_>, pod: &NetnsState) -> Vec<IpNet> {
         let default = route.dst.prefix_len() == 0;
         route.table == TABLE_MAIN && !seen.ours() && seen.unicast && route.via.is_none() && !default && real(&route.dev)
     });
+    let subnets = pod.addresses.iter().filter(|address| real(&address.dev)).map(|address| address.net.trunc());
+    let subnets = subnets.filter(|net| net.prefix_len() < net.max_prefix_len());
     // fe80::/64 is on every link and never contested: routes name their device.
-    let mut nets: Vec<IpNet> = routes.map(|seen| seen.route.dst).filter(|net| !is_link_local_v6(net)).collect();
+    let all = routes.map(|seen| seen.route.dst).chain(subnets).filter(|net| !is_link_local_v6(net));
+    let mut nets: Vec<IpNet> = all.collect();
     nets.sort_unstable();
     nets.dedup();
     nets
@@ -279,7 +282,7 @@ mod tests {
         assert_eq!(facts.next_hop(Family::V4).unwrap().via, Some("10.1.0.1".parse().unwrap()));
         assert_eq!(facts.next_hop(Family::V6), None);
         assert!(facts.has(Family::V6));
-        assert_eq!(facts.connected, ["10.1.0.0/24".parse().unwrap()]);
+        assert_eq!(facts.connected, ["10.1.0.0/24", "fd00::/64"].map(|net| net.parse::<IpNet>().unwrap()));
     }
 
     #[test]

@@ -107,11 +107,17 @@ findings! {
         "A record or the log cannot be written or read",
         "Make the directory the message names writable for root; until then DEL works from derivable names only";
     StaleRecord = "XL-STALE-RECORD", Info,
-        "A record is of another sandbox than the one given, or incomplete",
+        "A record is of another sandbox than the one given",
         "None needed";
     UnknownKey = "XL-UNKNOWN-KEY", Warning,
         "A configuration key or crosslink.dev annotation is not known to this version",
         "Remove it, or upgrade the plugin";
+    RouteRefused = "XL-ROUTE-REFUSED", Warning,
+        "The kernel does not take a route to a remote CIDR; it is left out",
+        "See the message; mostly the main CNI gave the pod a gateway that cannot be one";
+    AddressTaken = "XL-ADDRESS-TAKEN", Warning,
+        "The node had a route to this pod's address by another pod's link; it leads to this pod now",
+        "Find out why IPAM gave one address twice; or none, if the other pod is gone";
     BadValue = "XL-BAD-VALUE", Warning,
         "At DEL or GC, a configuration value is wrong; the default stands in, since a pod must be deletable",
         "Correct the value that the message names";

@@ -115,7 +115,7 @@ pub struct ObservedRoute {
     pub protocol: u8,
     /// Metric; lower wins.
     pub metric: u32,
-    /// Whether it is `RTN_UNICAST`; otherwise blackhole, unreachable, prohibit or throw.
+    /// Whether it is `RTN_UNICAST`; otherwise blackhole, unreachable, prohibit, throw, local, …
     pub unicast: bool,
     /// Whether it has more than one next hop.
     pub multipath: bool,
@@ -152,6 +152,15 @@ pub struct Link {
     pub loopback: bool,
     /// `IFLA_LINK`: of a veth its peer's index, of a macvlan its master's.
     pub peer: Option<u32>,
+    /// `IFLA_LINK_NETNSID` is there: the peer is in another network namespace, which is therefore alive.
+    pub peer_elsewhere: bool,
+}
+
+impl Link {
+    /// Whether it is one end of a veth pair: the only kind that we make, so the only one that we delete.
+    pub fn is_veth(&self) -> bool {
+        self.kind.as_deref() == Some("veth")
+    }
 }
 
 /// An address on an interface.

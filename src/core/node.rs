@@ -16,6 +16,7 @@ use crate::{
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawNode {
+    #[serde(default = "first_version")]
     version: u64,
     #[serde(default)]
     cluster_name: Option<String>,
@@ -27,6 +28,10 @@ struct RawNode {
     service_cidrs: Option<Vec<String>>,
     #[serde(default, rename = "nodeCIDRs")]
     node_cidrs: Option<Vec<String>>,
+}
+
+const fn first_version() -> u64 {
+    1
 }
 
 /// Facts about this node; every one may be missing.
@@ -77,7 +82,8 @@ pub fn parse(text: &str) -> Result<NodeFacts, String> {
 }
 
 /// Interfaces whose addresses are not the node's: bridges and veths of runtimes and main CNIs, virtual addresses of
-/// kube-proxy and of the node-local DNS cache, tunnels. Loopback and our own veths are left out too. A name ending in `*` is a prefix.
+/// kube-proxy and of the node-local DNS cache, tunnels. Our own veths are left out too. Loopback is not:
+/// a node that announces itself by BGP has its address there (127.0.0.1 is of scope host, so never taken). A name ending in `*` is a prefix.
 const NOT_NODE_LINKS: [&str; 8] = ["kube-ipvs0", "nodelocaldns", "docker*", "cni*", "cali*", "lxc*", "virbr*", "vx-*"];
 
 fn is_node_link(link: &Link) -> bool {
@@ -88,7 +94,7 @@ fn is_node_link(link: &Link) -> bool {
     // An attachment's own veth: `cl` and 13 hex digits.
     let ours = link.name.len() == 15
         && link.name.strip_prefix("cl").is_some_and(|rest| rest.chars().all(|c| c.is_ascii_hexdigit()));
-    !(listed || ours || link.loopback)
+    !(listed || ours)
 }
 
 /// Node addresses by the kernel's word, for nodes without `node.json`: global addresses of links that are not

@@ -16,6 +16,8 @@ pub const RULE_PODS: u32 = 1410;
 pub const JOIN_LIMIT: usize = 2000;
 /// Most CIDRs that one annotation may list.
 pub const ANNOTATION_LIMIT: usize = 256;
+/// Most routes that the excludes of one pod's annotation may add by splitting.
+pub const SPLIT_LIMIT: usize = 4096;
 /// Most node addresses taken from the kernel when `node.json` gives none.
 pub const NODE_ADDRESS_LIMIT: usize = 32;
 /// Shortest remote IPv4 prefix that is accepted: two halves are a default route in disguise.

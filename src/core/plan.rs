@@ -14,6 +14,8 @@ use crate::{
 /// What else is known when planning.
 #[derive(Clone, Copy, Debug)]
 pub struct Context<'a> {
+    /// Name of the attachment's interface.
+    pub ifname: &'a str,
     /// What an earlier ADD of this attachment made.
     pub previous: Option<&'a Wanted>,
     /// Values from before that ADD, to put back where the sysctl is not wanted any more.
@@ -99,13 +101,26 @@ struct RoutesSeen<'a> {
 }
 
 impl RoutesSeen<'_> {
+    /// Whether an interface of the pod is this attachment's. Another attachment's routes carry our protocol too, and its
+    /// record may be lost.
+    fn is_own_device(&self, dev: &str, wanted: &Wanted) -> bool {
+        let veths = [Some(wanted), self.context.previous].into_iter().flatten().filter_map(|made| made.veth.as_ref());
+        dev == self.context.ifname
+            || veths.into_iter().any(|veth| veth.pod == dev)
+            || wanted.pod_routes.iter().any(|route| route.route.dev == dev)
+    }
+
     /// Whether a route was made for this attachment, so that we may replace or delete it.
     fn own(&self, side: Side, seen: &ObservedRoute, wanted: &Wanted) -> bool {
         if !seen.ours() || !seen.unicast {
             return false;
         }
         match side {
-            Side::Pod => seen.route.table == TABLE_MAIN && !self.context.claimed.contains(&seen.route.dst),
+            Side::Pod => {
+                seen.route.table == TABLE_MAIN
+                    && !self.context.claimed.contains(&seen.route.dst)
+                    && self.is_own_device(&seen.route.dev, wanted)
+            }
             // In our table on the node: this attachment's link, or a stale route that holds this pod's address.
             Side::Node => {
                 seen.route.table == TABLE_PODS
@@ -126,6 +141,7 @@ impl Plan {
             .into_iter()
             .filter(|name| kept.is_none_or(|kept| kept.node != *name))
             .filter_map(|name| observed.node.link(name))
+            .filter(|link| link.is_veth())
             .collect();
         let peers = |link: &Link| {
             observed.pod.links.iter().filter(|pod| are_pair(link, pod)).map(|pod| pod.name.clone()).collect::<Vec<_>>()
@@ -137,6 +153,10 @@ impl Plan {
             self.changes.push(Change::DeleteNodeLink(link.name.clone()));
         }
         let (Some(veth), None) = (new, kept) else { return plan };
+        if observed.node.link(&veth.node).is_some_and(|link| !link.is_veth()) {
+            self.foreign_veth = Some(veth.node.clone());
+            return plan;
+        }
         if observed.pod.link(&veth.pod).is_some() && !plan.gone(Side::Pod, &veth.pod) {
             self.foreign_veth = Some(veth.pod.clone());
             return plan;
@@ -163,7 +183,9 @@ impl Plan {
                 key.contains(&format!("/conf/{dev}/"))
             });
             let old = observed.side(*side).sysctls.get(key).filter(|_| !(of_veth && links.made));
-            if old != Some(value) {
+            // One that is not there although its interface is belongs to a family that the kernel does not have.
+            let settable = old.is_some() || (of_veth && links.made);
+            if settable && old != Some(value) {
                 self.changes.push(Change::SetSysctl(want.sysctl.clone(), old.cloned()));
             }
         }
@@ -233,7 +255,7 @@ impl Plan {
 
 /// What CHECK says: each wanted thing that is missing or different, in words. Surplus is no drift.
 pub fn drift(wanted: &Wanted, observed: &Observed, claimed: &BTreeSet<IpNet>) -> Vec<String> {
-    let plan = plan(wanted, observed, Context { previous: None, saved: &[], claimed });
+    let plan = plan(wanted, observed, Context { ifname: "", previous: None, saved: &[], claimed });
     let mut lines: Vec<String> = plan.foreign_veth.iter().map(|name| format!("pod: {name} is not our veth")).collect();
     lines.extend(plan.changes.iter().filter_map(|change| match change {
         Change::DeleteRoute(..) | Change::DeleteNodeLink(_) => None,
@@ -283,9 +305,8 @@ pub fn teardown(applied: &Wanted, saved: &[Sysctl], observed: &Observed) -> Vec<
     }
     let there = |wanted: &&Route| observed.pod.routes.iter().any(|seen| seen.ours() && seen.route == **wanted);
     changes.extend(applied.routes(Side::Pod).filter(there).map(|route| Change::DeleteRoute(Side::Pod, route.clone())));
-    if let Some(veth) = applied.veth.as_ref().filter(|veth| observed.node.link(&veth.node).is_some()) {
-        changes.push(Change::DeleteNodeLink(veth.node.clone()));
-    }
+    let link = applied.veth.as_ref().and_then(|veth| observed.node.link(&veth.node)).filter(|link| link.is_veth());
+    changes.extend(link.map(|link| Change::DeleteNodeLink(link.name.clone())));
     changes
 }
 
@@ -294,6 +315,6 @@ pub fn teardown(applied: &Wanted, saved: &[Sysctl], observed: &Observed) -> Vec<
 pub fn teardown_unrecorded(node_link: &str, observed: &Observed, sole: bool) -> Vec<Change> {
     let ours = |seen: &&ObservedRoute| sole && seen.ours() && seen.unicast && seen.route.table == TABLE_MAIN;
     let routes = observed.pod.routes.iter().filter(ours).map(|seen| Change::DeleteRoute(Side::Pod, seen.route.clone()));
-    let link = observed.node.link(node_link).filter(|link| link.kind.as_deref() == Some("veth"));
+    let link = observed.node.link(node_link).filter(|link| link.is_veth());
     routes.chain(link.map(|link| Change::DeleteNodeLink(link.name.clone()))).collect()
 }

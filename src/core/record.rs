@@ -41,11 +41,12 @@ pub struct NetnsId {
 }
 
 impl NetnsId {
-    /// Whether both are one namespace, whatever path led there.
+    /// Whether both are one namespace, whatever path led there. Without cookies (before Linux 5.14) the path must be the
+    /// same too, since inodes alone would take a new sandbox for an old one.
     pub fn same(&self, other: &Self) -> bool {
         match (self.cookie, other.cookie) {
             (Some(one), Some(two)) => one == two,
-            _ => (self.dev, self.inode) == (other.dev, other.inode),
+            _ => (self.dev, self.inode, &self.path) == (other.dev, other.inode, &other.path),
         }
     }
 }
@@ -214,7 +215,7 @@ pub fn parse_file_name(name: &str) -> Option<(&str, &str)> {
     (valid_identifier(container_id) && valid_ifname(ifname)).then_some((container_id, ifname))
 }
 
-/// Parses a record of any version that is close enough to be understood.
+/// Parses a record. What a version added is ignored and kept at the top level; `version` is the caller's to judge.
 ///
 /// # Errors
 /// A sentence for a finding.

@@ -243,19 +243,25 @@ fn sysctls(veth: &Veth, pod: &PodFacts) -> Vec<WantedSysctl> {
         // the larger of conf.all and conf.<interface>: 2 is loose whatever conf.all says.
         want(Side::Pod, &pod.ifname, "ipv4/rp_filter", "2", true);
         want(Side::Pod, &veth.pod, "ipv4/rp_filter", "2", false);
-        want(Side::Node, &veth.node, "ipv4/rp_filter", "1", false);
-        want(Side::Node, &veth.node, "ipv4/forwarding", "1", false);
-        want(Side::Node, &veth.node, "ipv4/accept_redirects", "0", false);
     }
     if pod.has(Family::V6) {
         want(Side::Pod, &veth.pod, "ipv6/disable_ipv6", "0", false);
-        want(Side::Pod, &veth.pod, "ipv6/accept_ra", "0", false);
-        want(Side::Node, &veth.node, "ipv6/disable_ipv6", "0", false);
+    }
+    want(Side::Pod, &veth.pod, "ipv6/accept_ra", "0", false);
+    // Both families whatever the pod has: what it sends is not up to us, and a node must neither take its default route
+    // from a pod's router advertisement nor forward a source that is not the pod's.
+    for (key, value) in [
+        ("ipv4/rp_filter", "1"),
+        ("ipv4/forwarding", "1"),
+        ("ipv4/accept_redirects", "0"),
+        ("ipv6/disable_ipv6", "0"),
         // IN6_ADDR_GEN_MODE_NONE: the next hop is a neighbour entry, so that the node's end needs no address at all.
-        want(Side::Node, &veth.node, "ipv6/addr_gen_mode", "1", false);
-        want(Side::Node, &veth.node, "ipv6/accept_ra", "0", false);
-        want(Side::Node, &veth.node, "ipv6/accept_redirects", "0", false);
-        want(Side::Node, &veth.node, "ipv6/forwarding", "1", false);
+        ("ipv6/addr_gen_mode", "1"),
+        ("ipv6/accept_ra", "0"),
+        ("ipv6/accept_redirects", "0"),
+        ("ipv6/forwarding", "1"),
+    ] {
+        want(Side::Node, &veth.node, key, value, false);
     }
     list
 }

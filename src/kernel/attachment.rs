@@ -199,11 +199,10 @@ pub fn apply_all(changes: &[Change], kernel: &mut dyn Kernel) -> Vec<crate::Erro
 }
 
 /// Brings an attachment back to what an earlier ADD made of it. Returns what could not be done.
-pub fn restore(applied: &Wanted, claimed: &BTreeSet<IpNet>, kernel: &mut dyn Kernel) -> Vec<crate::Error> {
-    match look(applied, &[], kernel) {
-        Ok(observed) => {
-            apply_all(&plan(applied, &observed, Context { previous: None, saved: &[], claimed }).changes, kernel)
-        }
+pub fn restore(record: &Record, claimed: &BTreeSet<IpNet>, kernel: &mut dyn Kernel) -> Vec<crate::Error> {
+    let context = Context { ifname: &record.ifname, previous: None, saved: &[], claimed };
+    match look(&record.applied, &[], kernel) {
+        Ok(observed) => apply_all(&plan(&record.applied, &observed, context).changes, kernel),
         Err(err) => vec![err],
     }
 }

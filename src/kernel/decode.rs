@@ -82,6 +82,7 @@ pub fn link(received: Received<'_>) -> Result<Link, Error> {
         up: flags & libc::IFF_UP.cast_unsigned() != 0,
         loopback: flags & libc::IFF_LOOPBACK.cast_unsigned() != 0,
         peer: attributes.u32(libc::IFLA_LINK),
+        peer_elsewhere: attributes.u32(libc::IFLA_LINK_NETNSID).is_some(),
     })
 }
 
@@ -125,16 +126,14 @@ pub fn address(received: Received<'_>, names: Names<'_>) -> Option<Address> {
     })
 }
 
-/// `struct rtmsg`, attributes of linux/rtnetlink.h. None for what forwards nowhere of interest: local, broadcast,
-/// multicast and cloned routes.
+/// `struct rtmsg`, attributes of linux/rtnetlink.h. None for cloned routes (the cache) and other families. All types
+/// count, local ones too: the kernel lets none of them share a prefix and metric with one of ours.
 pub fn route(received: Received<'_>, names: Names<'_>) -> Option<ObservedRoute> {
     const HEADER: usize = 12;
     let [number, length, _, _, table, protocol, _, kind, ..] = received.payload else { return None };
     let of = family(*number)?;
     let flags = u32_at(received.payload, 8)?;
-    let unicast = *kind == libc::RTN_UNICAST;
-    let discards = [libc::RTN_BLACKHOLE, libc::RTN_UNREACHABLE, libc::RTN_PROHIBIT, libc::RTN_THROW].contains(kind);
-    if flags & libc::RTM_F_CLONED != 0 || !(unicast || discards) {
+    if flags & libc::RTM_F_CLONED != 0 {
         return None;
     }
     let attributes = Attributes::after(received.payload, HEADER);
@@ -159,7 +158,7 @@ pub fn route(received: Received<'_>, names: Names<'_>) -> Option<ObservedRoute> 
         },
         protocol: *protocol,
         metric: attributes.u32(libc::RTA_PRIORITY).unwrap_or(0),
-        unicast,
+        unicast: *kind == libc::RTN_UNICAST,
         multipath: multipath.len() > 1,
     })
 }

@@ -180,6 +180,7 @@ impl FakeKernel {
             up: false,
             loopback: false,
             peer: Some(peer),
+            peer_elsewhere: true,
         };
         let [pod, node] = indices;
         let pod_end = end(&veth.pod, veth.pod_mac, pod, node);

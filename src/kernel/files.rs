@@ -176,12 +176,12 @@ pub fn write_atomic(path: &Path, content: &[u8], mode: u32, durability: Durabili
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(|err| Error::file("write", path, &err))
 }
 
-/// Hidden, so that no reader of the directory takes it for a file of its kind; and per process, since the agent and the
-/// plugin may write at the same time.
-fn temporary_name(name: &OsStr) -> PathBuf {
+/// Hidden, so that no reader of the directory takes it for a file of its kind, and always the same, so that what a killed
+/// writer left is overwritten or removed by the next. Writers of one file exclude each other.
+pub(crate) fn temporary_name(name: &OsStr) -> PathBuf {
     let mut hidden = std::ffi::OsString::from(".");
     hidden.push(name);
-    hidden.push(format!(".{}.tmp", std::process::id()));
+    hidden.push(".tmp");
     hidden.into()
 }
 

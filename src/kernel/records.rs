@@ -6,7 +6,7 @@ use crosslink_core::record::{self, Record};
 
 use crate::{
     error::Error,
-    files::{Durability, list_records, make_private_dir, read_trusted, write_atomic},
+    files::{Durability, list_records, make_private_dir, read_trusted, temporary_name, write_atomic},
 };
 
 /// The directory of records.
@@ -89,6 +89,10 @@ impl Records {
     /// The system's.
     pub fn remove(&self, container_id: &str, ifname: &str) -> Result<(), Error> {
         let path = self.path(container_id, ifname);
+        if let Some(name) = path.file_name() {
+            // Left by a writer that was killed; mostly there is none.
+            let _ = std::fs::remove_file(self.dir.join(temporary_name(name)));
+        }
         match std::fs::remove_file(&path) {
             Err(err) if !matches!(err.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {
                 Err(Error::file("remove", path, &err))

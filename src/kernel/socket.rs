@@ -105,76 +105,54 @@ impl Socket {
         crate::sys::borrow(self.inner.as_raw_fd())
     }
 
-    /// Sends one request and waits for its acknowledgement.
-    ///
-    /// # Errors
-    /// The kernel's refusal.
-    pub fn request(&mut self, what: &str, request: Request) -> Result<(), Error> {
-        match self.batch(what, vec![request])?.first() {
-            Some(Fate::Refused(errno)) => Err(Error::Netlink { what: what.to_owned(), errno: *errno }),
-            Some(Fate::Unknown) | None => Err(Error::Busy { what: what.to_owned() }),
-            Some(Fate::Done) => Ok(()),
-        }
-    }
-
     /// Sends requests, at most [`BATCH`] at a time, with an acknowledgement asked of the last of each portion only:
-    /// refusals come back anyway. Messages are independent; a refused one does not stop the others.
-    ///
-    /// # Errors
-    /// The socket itself failed; nothing is known of the requests then.
-    pub fn batch(&mut self, what: &str, requests: Vec<Request>) -> Result<Vec<Fate>, Error> {
+    /// refusals come back anyway. Messages are independent; a refused one does not stop the others. The fate of each is
+    /// told, also where the socket itself fails: what was sent is unknown then, what was not is refused.
+    pub fn batch(&mut self, what: &str, requests: &[Request]) -> Vec<Fate> {
         let mut fates = Vec::with_capacity(requests.len());
-        let mut requests = requests.into_iter().peekable();
-        while requests.peek().is_some() {
-            self.portion(what, requests.by_ref().take(BATCH).collect(), &mut fates)?;
-        }
-        Ok(fates)
-    }
-
-    fn portion(&mut self, what: &str, requests: Vec<Request>, fates: &mut Vec<Fate>) -> Result<(), Error> {
-        let first = self.sequence.wrapping_add(1);
-        let count = requests.len();
-        let mut bytes = Vec::with_capacity(count * 96);
-        for (place, request) in requests.into_iter().enumerate() {
-            let last = place + 1 == count;
-            let ack = if last { NLM_F_ACK } else { 0 };
-            self.append(&request, ack, &mut bytes);
-        }
-        self.send(what, &bytes)?;
-        let base = fates.len();
-        fates.resize(base + count, Fate::Done);
-        let last = self.sequence;
-        let mut lost = false;
-        loop {
-            let mut ended = false;
-            let outcome = self.receive(what, |sequence, _, message| {
-                let place = usize::try_from(sequence.wrapping_sub(first)).unwrap_or(usize::MAX);
-                // An answer to a request of before, whose reader gave up.
-                let Some(fate) = fates.get_mut(base..).and_then(|fates| fates.get_mut(place)) else { return Ok(()) };
-                if message.kind == NLMSG_ERROR {
-                    if let Some(errno) = errno(message.payload) {
-                        *fate = Fate::Refused(errno);
-                    }
-                    ended |= sequence == last;
-                }
-                Ok(())
-            });
-            match outcome {
-                Ok(()) if ended => break,
-                Ok(()) => {}
-                Err(Error::Netlink { errno: Errno::ENOBUFS, .. }) => {
-                    // The buffer overflowed: answers, perhaps the last one, are gone. Whatever is left of them is read
-                    // without waiting, and the caller looks at the kernel's state instead.
-                    lost = true;
-                    self.drain();
-                    break;
-                }
-                Err(err) => return Err(err),
+        for portion in requests.chunks(BATCH) {
+            if let Err(errno) = self.portion(what, portion, &mut fates) {
+                fates.resize(requests.len(), Fate::Refused(errno));
+                break;
             }
         }
-        if lost {
-            for fate in fates.iter_mut().skip(base).filter(|fate| **fate == Fate::Done) {
-                *fate = Fate::Unknown;
+        fates
+    }
+
+    /// Sends one portion and collects its fates.
+    ///
+    /// # Errors
+    /// Nothing was sent.
+    fn portion(&mut self, what: &str, requests: &[Request], fates: &mut Vec<Fate>) -> Result<(), Errno> {
+        let first = self.sequence.wrapping_add(1);
+        let mut bytes = Vec::with_capacity(requests.len() * 96);
+        for (place, request) in requests.iter().enumerate() {
+            let ack = if place + 1 == requests.len() { NLM_F_ACK } else { 0 };
+            self.append(request, ack, &mut bytes);
+        }
+        self.send(&bytes)?;
+        let base = fates.len();
+        fates.resize(base + requests.len(), Fate::Done);
+        let own = fates.get_mut(base..).unwrap_or_default();
+        let last = self.sequence;
+        let mut ended = false;
+        while !ended {
+            let received = self.receive(what, |sequence, _, message| {
+                let place = usize::try_from(sequence.wrapping_sub(first)).unwrap_or(usize::MAX);
+                // An answer to a request of before, whose reader gave up.
+                let Some(fate) = own.get_mut(place).filter(|_| message.kind == NLMSG_ERROR) else { return Ok(()) };
+                if let Some(errno) = errno(message.payload) {
+                    *fate = Fate::Refused(errno);
+                }
+                ended |= sequence == last;
+                Ok(())
+            });
+            if received.is_err() {
+                // Mostly ENOBUFS: answers, perhaps the last one, are gone. Whatever is left of them is thrown away, and
+                // the caller looks at the kernel's state instead.
+                self.drain();
+                own.iter_mut().filter(|fate| **fate == Fate::Done).for_each(|fate| *fate = Fate::Unknown);
+                break;
             }
         }
         Ok(())
@@ -194,7 +172,7 @@ impl Socket {
         for _ in 0..DUMP_TRIES {
             let mut bytes = Vec::with_capacity(128);
             self.append(request, NLM_F_DUMP, &mut bytes);
-            self.send(what, &bytes)?;
+            self.send(&bytes).map_err(|errno| Error::Netlink { what: what.to_owned(), errno })?;
             let mut collected = T::default();
             match self.dump_once(what, |received| take(&mut collected, received)) {
                 Ok(true) => return Ok(collected),
@@ -247,7 +225,7 @@ impl Socket {
     ) -> Result<Option<T>, Error> {
         let mut bytes = Vec::with_capacity(128);
         self.append(request, 0, &mut bytes);
-        self.send(what, &bytes)?;
+        self.send(&bytes).map_err(|errno| Error::Netlink { what: what.to_owned(), errno })?;
         let wanted = self.sequence;
         let mut answer: Option<Option<T>> = None;
         while answer.is_none() {
@@ -281,12 +259,12 @@ impl Socket {
         bytes.resize(bytes.len().next_multiple_of(4), 0);
     }
 
-    fn send(&self, what: &str, bytes: &[u8]) -> Result<(), Error> {
+    fn send(&self, bytes: &[u8]) -> Result<(), Errno> {
         loop {
             match self.inner.send(bytes, 0) {
                 Ok(_) => return Ok(()),
                 Err(err) if err.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(err) => return Err(Error::Netlink { what: what.to_owned(), errno: Error::errno_of(&err) }),
+                Err(err) => return Err(Error::errno_of(&err)),
             }
         }
     }

@@ -171,8 +171,9 @@ impl Namespace {
 
     /// Index of an interface, looked up once.
     fn index(&mut self, name: &str) -> Result<u32, Error> {
-        if let Some(index) = self.links.get(name) {
-            return Ok(*index);
+        let unnamed = name.strip_prefix(UNNAMED).and_then(|index| index.parse().ok());
+        if let Some(index) = unnamed.or_else(|| self.links.get(name).copied()) {
+            return Ok(index);
         }
         let missing = || Error::Netlink { what: format!("find interface {name}"), errno: Errno::ENODEV };
         let index = self.link_by_name(name)?.ok_or_else(missing)?.index;
@@ -181,8 +182,12 @@ impl Namespace {
     }
 }
 
+/// Prefix of the stand-in for the name of an interface that was not looked up. ":" cannot be in a name.
+const UNNAMED: &str = "index:";
+
 fn name_of(links: &[Link], index: u32) -> String {
-    links.iter().find(|link| link.index == index).map(|link| link.name.clone()).unwrap_or_default()
+    let found = links.iter().find(|link| link.index == index);
+    found.map_or_else(|| format!("{UNNAMED}{index}"), |link| link.name.clone())
 }
 
 impl System {
@@ -284,7 +289,7 @@ impl Pending<'_> {
             return Ok(());
         }
         let what = self.changes.first().map(|(_, change)| change.to_string()).unwrap_or_default();
-        let fates = system.side(self.side)?.socket.batch(&what, std::mem::take(&mut self.requests))?;
+        let fates = system.side(self.side)?.socket.batch(&what, &std::mem::take(&mut self.requests));
         for ((place, change), fate) in self.changes.drain(..).zip(fates) {
             match fate {
                 Fate::Done => applied.done.push(place),

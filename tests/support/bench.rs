@@ -381,6 +381,7 @@ fn link(index: u32, name: &str, kind: Option<&str>, peer: Option<u32>) -> Link {
         up: true,
         loopback: name == "lo",
         peer,
+        peer_elsewhere: peer.is_some(),
     }
 }
 

@@ -18,6 +18,9 @@ use serde_json::{Value, json};
 /// What went wrong, for the last line.
 type Outcome<T> = Result<T, String>;
 
+/// The newest that the plugins of every supported distribution speak and that has CHECK (Ubuntu 22.04 has 0.9.1).
+const CNI_VERSION: &str = "0.4.0";
+
 const PICTURE: &str = "
     cluster-a                                                  cluster-b
     pods 172.110.0.0/16, fd10::/64 (macvlan)                   pods 172.111.0.0/16, fd11::/64 (bridge)
@@ -195,7 +198,7 @@ impl Stage {
     }
 
     fn runner(&self, node: &Node, chain: Vec<Value>) -> Runner {
-        self.clusters.runner_with(node, conflist("pods", "1.0.0", chain), vec![self.plugins.clone()])
+        self.clusters.runner_with(node, conflist("pods", CNI_VERSION, chain), vec![self.plugins.clone()])
     }
 
     fn remote_pod(&self, ui: &Ui) -> Outcome<Remote> {

@@ -124,6 +124,7 @@ impl Kernel {
                 mac,
                 mtu: veth.mtu,
                 peer: Some(peer),
+                peer_elsewhere: true,
                 ..Link::default()
             });
             for (key, value) in [

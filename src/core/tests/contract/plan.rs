@@ -24,12 +24,12 @@ fn wanted(attached: Attached, cidrs: &[&str], mtu: Option<u32>) -> Wanted {
 }
 
 fn planned(wanted: &Wanted, kernel: &Kernel) -> Plan {
-    plan(wanted, &kernel.seen, Context { previous: None, saved: &[], claimed: &BTreeSet::new() })
+    plan(wanted, &kernel.seen, Context { ifname: "eth0", previous: None, saved: &[], claimed: &BTreeSet::new() })
 }
 
 /// Plans and applies: an ADD of an attachment that `previous` made.
 fn add(kernel: &mut Kernel, wanted: &Wanted, previous: Option<&Wanted>) -> Plan {
-    let plan = plan(wanted, &kernel.seen, Context { previous, saved: &[], claimed: &BTreeSet::new() });
+    let plan = plan(wanted, &kernel.seen, Context { ifname: "eth0", previous, saved: &[], claimed: &BTreeSet::new() });
     kernel.apply(&plan.changes).unwrap_or_else(|err| panic!("{err}\n{plan:#?}"));
     plan
 }
@@ -295,7 +295,11 @@ fn claimed_routes_are_not_touched() {
         kernel.seen.pod.routes.push(other.clone());
         let claimed = BTreeSet::from([net("10.60.0.0/16")]);
         let after = wanted(attached, &["10.50.0.0/16", "10.60.0.0/16"], None);
-        let plan = plan(&after, &kernel.seen, Context { previous: Some(&before), saved: &[], claimed: &claimed });
+        let plan = plan(
+            &after,
+            &kernel.seen,
+            Context { ifname: "eth0", previous: Some(&before), saved: &[], claimed: &claimed },
+        );
         kernel.apply(&plan.changes).unwrap();
         assert_eq!(plan.conflicts.iter().map(|found| found.wanted.dst).collect::<Vec<_>>(), [net("10.60.0.0/16")]);
         assert!(kernel.seen.pod.routes.contains(&other), "{attached:?}");

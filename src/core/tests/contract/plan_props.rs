@@ -148,13 +148,13 @@ proptest! {
         let (mut previous, mut kept): (Option<Wanted>, Vec<_>) = (None, Vec::new());
         for list in &lists {
             let wanted = of_list(attached, list);
-            let plan = plan(&wanted, &kernel.seen, Context { previous: previous.as_ref(), saved: &[], claimed: &claimed });
+            let plan = plan(&wanted, &kernel.seen, Context { ifname: "eth0", previous: previous.as_ref(), saved: &[], claimed: &claimed });
             let before = kernel.clone();
             kernel.apply(&plan.changes).unwrap();
             prop_assert_eq!(not_ours(&kernel, &claimed), strangers.clone());
             assert_holds(&kernel, &wanted, &plan, &claimed);
 
-            let again = crosslink_core::plan::plan(&wanted, &kernel.seen, Context { previous: Some(&wanted), saved: &[], claimed: &claimed });
+            let again = crosslink_core::plan::plan(&wanted, &kernel.seen, Context { ifname: "eth0", previous: Some(&wanted), saved: &[], claimed: &claimed });
             prop_assert_eq!(&again.changes, &Vec::new());
             prop_assert_eq!(again.conflicts.len(), plan.conflicts.len());
             let lines = drift(&wanted, &kernel.seen, &claimed);
@@ -178,7 +178,7 @@ proptest! {
         let wanted = of_list(attached, &list);
         let mut kernel = Kernel::new(untouched());
         let none = BTreeSet::new();
-        kernel.apply(&plan(&wanted, &kernel.seen, Context { previous: None, saved: &[], claimed: &none }).changes).unwrap();
+        kernel.apply(&plan(&wanted, &kernel.seen, Context { ifname: "eth0", previous: None, saved: &[], claimed: &none }).changes).unwrap();
         let whole = kernel.snapshot();
         for index in lost {
             kernel.seen.pod.routes = without(&kernel.seen.pod.routes, &index, ObservedRoute::ours);
@@ -189,7 +189,7 @@ proptest! {
         if let (true, Some(veth)) = (link, &wanted.veth) {
             kernel.drop_link(Side::Pod, &veth.pod);
         }
-        let changes = plan(&wanted, &kernel.seen, Context { previous: Some(&wanted), saved: &[], claimed: &none }).changes;
+        let changes = plan(&wanted, &kernel.seen, Context { ifname: "eth0", previous: Some(&wanted), saved: &[], claimed: &none }).changes;
         let clean = drift(&wanted, &kernel.seen, &none).is_empty();
         prop_assert_eq!(clean, changes.is_empty());
         kernel.apply(&changes).unwrap();

@@ -73,7 +73,13 @@ const TABLE: [Row; 22] = [
     ("4: inside a local pod CIDR", "10.244.3.0/24", "fd24:0:0:3::/64", LOCAL),
     ("4: equal to a local service CIDR", "10.96.0.0/12", "fd96::/112", LOCAL),
     ("4: a local service", "10.96.0.10/32", "fd96::a/128", LOCAL),
-    ("4: inside a local node CIDR", "10.6.0.128/25", "fd06::8000:0:0:0/65", LOCAL),
+    // Nodes are local, but their addresses never come from an annotation.
+    (
+        "4: inside a local node CIDR",
+        "10.6.0.128/25",
+        "fd06::8000:0:0:0/65",
+        [Routed, Routed, Refused, Noted(Id::CidrLocal)],
+    ),
     ("5: a cover of a connected prefix", "192.168.0.0/16", "fd07::/48", [Routed, Routed, Refused, Routed]),
     ("5: a cover of local CIDRs", "10.0.0.0/8", "fd00::/8", [Routed, Routed, Refused, Routed]),
     ("none", "172.31.0.0/16", "fd31::/64", [Routed, Routed, Refused, Routed]),
@@ -185,7 +191,8 @@ fn annotations_stay_inside_what_was_granted() {
         ("fd50::/64", true),
         ("10.244.9.0/24", true),
         ("10.96.0.1", true),
-        ("10.6.0.77", true),
+        ("10.6.0.77", false),
+        ("10.6.0.0/30", false),
         // Half by hijackCIDR, half by annotationCIDRs.
         ("100.64.0.0/24", true),
         ("100.64.0.0/23", false),

@@ -136,10 +136,14 @@ impl Model {
         let of_node = |net: &IpNet| node.addresses.iter().any(|addr| IpNet::from(*addr) == *net);
         let local = [&node.pod_cidrs, &node.service_cidrs, &node.node_cidrs].map(Clone::clone).concat();
         let remote: Vec<IpNet> = remotes.clusters.values().flat_map(|cluster| cluster.cidrs.keys().copied()).collect();
-        let grants = [&remote, &local, &conf.hijack_cidr, &conf.annotation_cidrs].map(Clone::clone).concat();
+        let administrators = [&conf.hijack_cidr, &conf.annotation_cidrs].map(Clone::clone).concat();
+        // Nodes are local, but their addresses never come from an annotation.
+        let grants = [&remote, &node.pod_cidrs, &node.service_cidrs, &administrators].map(Clone::clone).concat();
         let underlay = pod.attached == Attached::Underlay;
+        let around_node = |net: &IpNet| node.addresses.iter().any(|addr| net.contains(addr));
         let forbidden = |net: &IpNet| {
-            own(net) || of_node(net) || inside(net, &pod.connected) || (underlay && !inside(net, &grants))
+            let open = !inside(net, &grants) || (around_node(net) && !inside(net, &administrators));
+            own(net) || of_node(net) || inside(net, &pod.connected) || (underlay && open)
         };
         let refused = conf.hijack_cidr.iter().any(|net| own(net) || pod.connected.contains(net))
             || request.hijack_cidr.iter().any(|named| forbidden(&named.net));
