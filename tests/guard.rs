@@ -1,5 +1,12 @@
 //! What a pod, a lost record or an outdated node file must not be able to do.
-#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::unreachable,
+    clippy::print_stdout,
+    reason = "tests"
+)]
 
 #[path = "support/sandbox.rs"]
 mod sandbox;
