@@ -80,7 +80,7 @@ const INVALID: &[(&str, Fault, u64, &[&str])] = &[
     ("hijackCIDR-equals-connected-ipv6", Pod, 7, &["\"hijackCIDR\"", "fd88::/64", "connected", "longer prefixes"]),
     ("hijackCIDR-own-address", Pod, 7, &["\"hijackCIDR\"", "10.88.0.5", "the pod's own address", "remove it"]),
     ("excludeCIDR-string", Entry, 7, &["\"excludeCIDR\"", "10.1.0.0/16", "give a list of CIDRs"]),
-    ("excludeCIDR-not-a-CIDR", Entry, 7, &["\"excludeCIDR\"", "`none`", "no valid IP address"]),
+    ("excludeCIDR-not-a-CIDR", Entry, 7, &["\"excludeCIDR\"", "\"none\"", "no valid IP address"]),
     ("annotationCIDRs-string", Entry, 7, &["\"annotationCIDRs\"", "all", "give a list of CIDRs"]),
     ("annotationCIDRs-not-a-CIDR", Entry, 7, &["\"annotationCIDRs\"", "10.9.0.0/16 10.10.0.0/16"]),
     ("mode-unknown", Entry, 7, &["\"mode\"", "macvlan", "auto, overlay, underlay"]),
