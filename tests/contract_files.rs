@@ -9,6 +9,8 @@
     reason = "tests"
 )]
 
+#[path = "support/mount.rs"]
+mod mount;
 #[path = "support/sandbox.rs"]
 mod sandbox;
 mod support;
@@ -16,10 +18,11 @@ mod support;
 use std::{
     fs,
     os::unix::fs::{MetadataExt, chown, symlink},
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
 };
 
+use mount::Mount;
 use sandbox::{Sandbox, chmod, refused, silent};
 use serde_json::json;
 use support::write;
@@ -292,24 +295,6 @@ fn a_log_that_cannot_be_written_is_no_reason_to_fail() {
         silent(&sandbox.run("DEL", json!({ "logFile": log })));
     }
     assert_eq!(fs::read(at("target")).unwrap(), b"kept");
-}
-
-/// A tmpfs, unmounted when dropped.
-struct Mount(PathBuf);
-
-impl Mount {
-    fn new(path: PathBuf, options: &str) -> Self {
-        fs::create_dir_all(&path).unwrap();
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(&path).status().unwrap();
-        assert!(mounted.success());
-        Self(path)
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 /// An ADD, CHECK, STATUS, DEL without records, with failPolicy open and closed.

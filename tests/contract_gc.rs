@@ -8,13 +8,16 @@
     reason = "tests"
 )]
 
+#[path = "support/mount.rs"]
+mod mount;
 #[path = "support/sandbox.rs"]
 mod sandbox;
 mod support;
 
-use std::{fs, path::PathBuf, process::Command, time::Duration};
+use std::{fs, process::Command, time::Duration};
 
 use crosslink_testkit::{Call, Reply};
+use mount::Mount;
 use sandbox::{Sandbox, refused, silent};
 use serde_json::{Value, json};
 use support::{bin, write};
@@ -199,24 +202,6 @@ fn gc_without_a_state_directory_has_nothing_to_do() {
     let missing = sandbox.scratch().join("missing");
     silent(&gc(&sandbox, json!({"stateDir": missing, KEY: []})));
     assert!(!missing.exists());
-}
-
-/// A tmpfs, unmounted when dropped.
-struct Mount(PathBuf);
-
-impl Mount {
-    fn new(path: PathBuf, options: &str) -> Self {
-        fs::create_dir_all(&path).unwrap();
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(&path).status().unwrap();
-        assert!(mounted.success());
-        Self(path)
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 #[test]

@@ -59,8 +59,7 @@ struct Work {
 
 impl Work {
     fn undo(&self, kernel: &mut dyn Kernel) {
-        let all: Vec<usize> = (0..self.done.len()).collect();
-        let mut refused = attachment::undo(&self.done, &all, kernel);
+        let mut refused = attachment::undo(&self.done, kernel);
         if let Some(previous) = &self.previous
             && self.done.iter().any(|change| change.inverse().is_none())
         {
@@ -323,11 +322,11 @@ pub fn claims_of_others(records: &Records, id: &NetnsId, (container_id, ifname):
 /// Old values to put back: those of an earlier ADD first, since what is there now is that ADD's work.
 fn saved(wanted: &Wanted, changes: &[Change], previous: Option<&Record>, done: &[Change]) -> Vec<Sysctl> {
     let mut saved: Vec<Sysctl> = previous.map(|record| record.saved.clone()).unwrap_or_default();
-    saved.retain(|old| wanted.sysctls.iter().any(|want| (want.sysctl.side, &want.sysctl.key) == (old.side, &old.key)));
+    saved.retain(|old| wanted.sysctls.iter().any(|want| want.sysctl.is_same(old)));
     for change in done.iter().chain(changes) {
         let Change::SetSysctl(new, Some(old)) = change else { continue };
         let restore = wanted.sysctls.iter().any(|wanted| wanted.restore && wanted.sysctl == *new);
-        if restore && !saved.iter().any(|saved| saved.key == new.key && saved.side == new.side) {
+        if restore && !saved.iter().any(|saved| saved.is_same(new)) {
             saved.push(Sysctl { value: old.clone(), ..new.clone() });
         }
     }

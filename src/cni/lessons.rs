@@ -8,13 +8,7 @@ use crosslink_core::{
     node::NodeFacts,
     wanted::Wanted,
 };
-use crosslink_kernel::{Error as KernelError, Kernel, NodeQuery};
-
-/// `EEXIST` and `EINVAL` (asm-generic/errno-base.h), `ENETUNREACH` and `EHOSTUNREACH` (asm-generic/errno.h).
-const EEXIST: i32 = 17;
-const EINVAL: i32 = 22;
-const ENETUNREACH: i32 = 101;
-const EHOSTUNREACH: i32 = 113;
+use crosslink_kernel::{Errno, Error as KernelError, Kernel, NodeQuery};
 
 /// What was learned so far.
 #[derive(Debug)]
@@ -48,14 +42,14 @@ impl Lessons {
         kernel: &mut dyn Kernel,
     ) -> Result<(), Error> {
         let (KernelError::Netlink { errno, .. }, Some(change)) = (&err, change) else { return Err(err.into()) };
-        match (*errno as i32, change) {
+        match (*errno, change) {
             // Somebody came between looking and changing. If it is there again, it is something that looking does not see.
-            (EEXIST, change) if !self.met.contains(change) => self.met.push(change.clone()),
-            (EEXIST, Change::AddRoute(Side::Pod, route)) => {
+            (Errno::EEXIST, change) if !self.met.contains(change) => self.met.push(change.clone()),
+            (Errno::EEXIST, Change::AddRoute(Side::Pod, route)) => {
                 let text = format!("{}: another owner holds it", route.dst);
                 self.leave_out(route, wanted, Code::RouteConflict, Finding::new(Id::RouteConflict, text))?;
             }
-            (EEXIST, Change::CreateVeth(veth)) => {
+            (Errno::EEXIST, Change::CreateVeth(veth)) => {
                 let text = format!(
                     "an interface already has {} (pod) or {} (node) as a name or alternative name: set vethName to another name",
                     veth.pod, veth.node
@@ -63,7 +57,7 @@ impl Lessons {
                 return Err(Error::new(Code::NoInterface, text));
             }
             // A source address that the node does not have (any more): node.json is out of date.
-            (EINVAL, Change::AddRoute(Side::Node, route) | Change::ReplaceRoute(Side::Node, route, _))
+            (Errno::EINVAL, Change::AddRoute(Side::Node, route) | Change::ReplaceRoute(Side::Node, route, _))
                 if route.src.is_some() =>
             {
                 self.check_node(kernel)?;
@@ -73,7 +67,7 @@ impl Lessons {
                 }
             }
             (
-                EINVAL | ENETUNREACH | EHOSTUNREACH,
+                Errno::EINVAL | Errno::ENETUNREACH | Errno::EHOSTUNREACH,
                 Change::AddRoute(Side::Pod, route) | Change::ReplaceRoute(Side::Pod, route, _),
             ) => {
                 let finding = Finding::new(Id::RouteRefused, err.to_string());

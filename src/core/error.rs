@@ -70,3 +70,18 @@ pub fn quoted(text: &str) -> String {
     }
     format!("\"{shown}\"")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quotes_stay_short_and_on_one_line() {
+        let exact = "x".repeat(80);
+        assert_eq!(quoted(&exact), format!("\"{exact}\""));
+        assert_eq!(quoted(&"é".repeat(10_000)), format!("\"{}…\"", "é".repeat(80)));
+        assert_eq!(quoted("a\nb\u{1b}"), "\"a\\nb\\u{1b}\"");
+        let message = crate::cidr::parse(&"9".repeat(100_000)).unwrap_err().to_string();
+        assert!(message.len() < 250, "{message}");
+    }
+}

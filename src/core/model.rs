@@ -228,6 +228,13 @@ pub struct Sysctl {
     pub value: String,
 }
 
+impl Sysctl {
+    /// Whether both are about one sysctl, whatever the values.
+    pub fn is_same(&self, other: &Self) -> bool {
+        (self.side, &self.key) == (other.side, &other.key)
+    }
+}
+
 /// A veth pair whose one end is in the pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -82,8 +82,9 @@ pub fn parse(text: &str) -> Result<NodeFacts, String> {
 }
 
 /// Interfaces whose addresses are not the node's: bridges and veths of runtimes and main CNIs, virtual addresses of
-/// kube-proxy and of the node-local DNS cache, tunnels. Our own veths are left out too. Loopback is not:
-/// a node that announces itself by BGP has its address there (127.0.0.1 is of scope host, so never taken). A name ending in `*` is a prefix.
+/// kube-proxy and of the node-local DNS cache, tunnels. A name ending in `*` is a prefix. Our own
+/// veths are left out too. Loopback is not: a node that announces itself by BGP has its address there (127.0.0.1 is of
+/// scope host, so never taken).
 const NOT_NODE_LINKS: [&str; 8] = ["kube-ipvs0", "nodelocaldns", "docker*", "cni*", "cali*", "lxc*", "virbr*", "vx-*"];
 
 fn is_node_link(link: &Link) -> bool {
@@ -98,7 +99,8 @@ fn is_node_link(link: &Link) -> bool {
 }
 
 /// Node addresses by the kernel's word, for nodes without `node.json`: global addresses of links that are not
-/// excluded by name (`NOT_NODE_LINKS`), those of the default route's link first. Returns them and how many there were in all.
+/// excluded by name (`NOT_NODE_LINKS`), those of the default route's link first. Returns them and how many there were in
+/// all.
 pub fn addresses_from_kernel(node: &NetnsState) -> (Vec<IpAddr>, usize) {
     let default_dev = |family: Family| {
         let defaults = node.routes.iter().filter(|seen| {

@@ -170,7 +170,7 @@ impl Plan {
 
     fn sysctls(&mut self, wanted: &Wanted, saved: &[Sysctl], observed: &Observed, links: &LinkPlan) {
         for old in saved {
-            let wanted = wanted.sysctls.iter().any(|want| (want.sysctl.side, &want.sysctl.key) == (old.side, &old.key));
+            let wanted = wanted.sysctls.iter().any(|want| want.sysctl.is_same(old));
             let current = observed.side(old.side).sysctls.get(&old.key);
             if let Some(current) = current.filter(|current| !wanted && **current != old.value) {
                 self.changes.push(Change::SetSysctl(old.clone(), Some(current.clone())));
@@ -295,7 +295,7 @@ pub fn teardown(applied: &Wanted, saved: &[Sysctl], observed: &Observed) -> Vec<
     let mut changes = Vec::new();
     for old in saved {
         let current = observed.side(old.side).sysctls.get(&old.key);
-        let ours = applied.sysctls.iter().find(|want| want.sysctl.key == old.key && want.sysctl.side == old.side);
+        let ours = applied.sysctls.iter().find(|want| want.sysctl.is_same(old));
         if let (Some(current), Some(ours)) = (current, ours)
             && *current == ours.sysctl.value
             && *current != old.value

@@ -207,11 +207,8 @@ pub fn restore(record: &Record, claimed: &BTreeSet<IpNet>, kernel: &mut dyn Kern
     }
 }
 
-/// Undoes what was done of a list of changes, last first.
-pub fn undo(changes: &[Change], applied: &[usize], kernel: &mut dyn Kernel) -> Vec<crate::Error> {
-    let mut places = applied.to_vec();
-    places.sort_unstable();
-    let inverse: Vec<Change> =
-        places.iter().rev().filter_map(|place| changes.get(*place)).filter_map(Change::inverse).collect();
+/// Undoes changes that were carried out, last first.
+pub fn undo(done: &[Change], kernel: &mut dyn Kernel) -> Vec<crate::Error> {
+    let inverse: Vec<Change> = done.iter().rev().filter_map(Change::inverse).collect();
     apply_all(&inverse, kernel)
 }

@@ -23,6 +23,8 @@ use crosslink_core::{
     record::NetnsId,
 };
 
+pub use nix::errno::Errno;
+
 pub use crate::{error::Error, sys::stdout_was_closed, system::System};
 
 /// What to look up in the sandbox.
