@@ -124,6 +124,51 @@ findings! {
     GcAlive = "XL-GC-ALIVE", Warning,
         "GC: an attachment is not in the runtime's list, but its sandbox is alive; it is left to the agent",
         "None needed; find out why the runtime does not list it";
+    CniConflict = "XL-CNI-CONFLICT", Warning,
+        "Another writer keeps changing the main CNI's conflist or the plugin",
+        "Let the writer that the message names leave the chain alone (Cilium: cni.exclusive=false), or use mode dropin";
+    CniConfig = "XL-CNI-CONFIG", Warning,
+        "There is no main CNI conflist into which crosslink can be put",
+        "Mend or install the main CNI's configuration that the message names; the agent goes on by itself then";
+    CniBinary = "XL-CNI-BINARY", Warning,
+        "The plugin cannot be installed, or does not run where it was installed",
+        "Make the directory the message names writable and executable; on other platforms give platform or cniBinDir";
+    CniMode = "XL-CNI-MODE", Info,
+        "The mode of installation that was asked for does not suit this runtime or main CNI; another one is used, or none",
+        "Set cniMode to what the message says";
+    Source = "XL-SOURCE", Warning,
+        "A source of remote CIDRs cannot be read; what it said last stays in force",
+        "Mend what the message names";
+    SourceObject = "XL-SOURCE-OBJECT", Warning,
+        "An object of a source is malformed and contributes nothing",
+        "Correct the field that the message names";
+    SourceEmpty = "XL-SOURCE-EMPTY", Warning,
+        "A source suddenly lists nothing; what it said last is held for a while",
+        "None if that is meant; else find out who emptied it";
+    SubmarinerStale = "XL-SUBMARINER-STALE", Warning,
+        "A Submariner endpoint's subnets are not those that its gateway programmed",
+        "Restart the other side's route agents and gateway: Submariner does not program changes in place";
+    LocalUnknown = "XL-LOCAL-UNKNOWN", Warning,
+        "This cluster's pod or service CIDRs, or a fact about this node, could not be found out",
+        "Set podCIDRs and serviceCIDRs";
+    Nftables = "XL-NFTABLES", Warning,
+        "The agent's nftables rules cannot be kept",
+        "Load the kernel module nf_tables, and give the agent NET_ADMIN";
+    SourceMasked = "XL-SOURCE-MASKED", Warning,
+        "The main CNI masquerades where nftables has no say, so that remote clusters do not see pods' own addresses",
+        "Tell the main CNI not to masquerade to the remote CIDRs that the message names";
+    GatewayRoute = "XL-GATEWAY-ROUTE", Warning,
+        "This node has no route of its own to the underlay, only its default route",
+        "Give the node an address or a route in the underlay network that the message names";
+    Resync = "XL-RESYNC", Warning,
+        "A running pod could not be brought in step",
+        "See the message; the agent tries again";
+    RecordNewer = "XL-RECORD-NEWER", Warning,
+        "A record was written by a newer plugin; the agent leaves the pod alone",
+        "Upgrade the agent";
+    NetnsHidden = "XL-NETNS-HIDDEN", Warning,
+        "Sandboxes that the runtime mounts do not reach the agent",
+        "Mount the directory the message names with mountPropagation HostToContainer";
 }
 
 /// Something noticed.

@@ -1,0 +1,7 @@
+//! `crosslink-agent`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    crosslink_agent::app::main()
+}
