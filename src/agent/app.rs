@@ -95,6 +95,7 @@ async fn context(settings: Settings) -> anyhow::Result<(Context, tokio::sync::mp
         board,
         stop: CancellationToken::new(),
         client,
+        inputs: crate::inputs::Shared::default(),
         metrics: Arc::new(Mutex::new(prometheus_client::registry::Registry::with_prefix("crosslink"))),
     };
     Ok((context, notes))

@@ -18,6 +18,8 @@ pub struct Context {
     pub stop: CancellationToken,
     /// The API server, unless `kubeconfig` is `none`. Making it asks nothing of the server.
     pub client: Option<kube::Client>,
+    /// Remotes files and `node.json`; see [`crate::inputs::watch`].
+    pub inputs: crate::inputs::Shared,
     /// Parts register their metrics here, with names after the prefix `crosslink_`.
     pub metrics: Arc<Mutex<Registry>>,
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use crosslink_core::{
+    destinations::Refusal,
     error::{Code, Error},
     facts::Attached,
     netconf::{self, NetConf, Strictness},
@@ -17,14 +18,11 @@ use crosslink_core::{
 use crosslink_kernel::{
     Kernel, NodeQuery,
     attachment::{Attachment, look, look_at_pod},
+    converge::claims_of_others,
     records::Records,
 };
 
-use crate::{
-    add::{LOCK_WAIT, claims_of_others},
-    call::Call,
-    logging,
-};
+use crate::{add::LOCK_WAIT, call::Call, logging};
 
 /// Carries out CHECK.
 ///
@@ -85,7 +83,15 @@ fn unrecorded(call: &Call<'_>, conf: &NetConf, kernel: &mut dyn Kernel) -> Resul
     log::warn!("XL-STATE this attachment has no record; only its veth can be checked");
     let (request, remotes, node) = (PodRequest::default(), Merged::default(), NodeFacts::default());
     let identity = Identity { container_id: &call.env.container_id, ifname: &call.env.ifname };
-    let attachment = Attachment { identity, conf, request: &request, ips: &[], remotes: &remotes, node: &node };
+    let attachment = Attachment {
+        identity,
+        conf,
+        request: &request,
+        ips: &[],
+        remotes: &remotes,
+        node: &node,
+        refusal: Refusal::Finding,
+    };
     let (_, facts) = look_at_pod(attachment, kernel)?;
     if facts.attached == Attached::Overlay {
         return Ok(Vec::new());

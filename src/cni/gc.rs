@@ -7,13 +7,10 @@ use crosslink_core::{
     error::{Code, Error, quoted},
     finding::{Finding, Id},
     json::Object,
-    model::{Change, Link},
     netconf::{self, RawConf, Strictness},
-    record::Record,
 };
 use crosslink_kernel::{
-    Kernel,
-    attachment::{apply_all, look_at_node},
+    attachment::{collect, is_alive},
     records::Records,
 };
 use serde::Deserialize;
@@ -59,7 +56,7 @@ pub fn gc(call: &Call<'_>, open: Open<'_>) -> Result<(), Error> {
                 let text = format!("{} {} in {}", record.container_id, record.ifname, record.netns.path.display());
                 findings.push(Finding::new(Id::GcAlive, text));
             }
-            Ok(record) => match remove(&record, &records, kernel.as_mut()) {
+            Ok(record) => match collect(&record, &records, kernel.as_mut()) {
                 Ok(()) => removed += 1,
                 Err(err) => failures.push(err.to_string()),
             },
@@ -82,25 +79,4 @@ fn valid_attachments(raw: &RawConf<'_>) -> Result<Option<BTreeSet<(String, Strin
     };
     let list: Option<Vec<Object<Valid>>> = serde_json::from_str(list.get()).map_err(bad)?;
     Ok(Some(list.unwrap_or_default().into_iter().map(|Object(valid)| (valid.container_id, valid.ifname)).collect()))
-}
-
-/// Whether the sandbox is alive: its path leads to it, or the node's end of its veth is still there, which goes with the
-/// other end's namespace. A runtime may have unmounted the path of a sandbox in which processes run.
-fn is_alive(record: &Record, kernel: &mut dyn Kernel) -> Result<bool, Error> {
-    if kernel.identify(&record.netns.path).is_some_and(|id| id.same(&record.netns)) {
-        return Ok(true);
-    }
-    let node = look_at_node(&record.applied, kernel)?;
-    let link = record.applied.veth.as_ref().and_then(|veth| node.link(&veth.node));
-    Ok(link.is_some_and(|link| link.is_veth() && link.peer_elsewhere))
-}
-
-fn remove(record: &Record, records: &Records, kernel: &mut dyn Kernel) -> Result<(), Error> {
-    let node = look_at_node(&record.applied, kernel)?;
-    let link = record.applied.veth.as_ref().filter(|veth| node.link(&veth.node).is_some_and(Link::is_veth));
-    let changes: Vec<Change> = link.map(|veth| Change::DeleteNodeLink(veth.node.clone())).into_iter().collect();
-    if let Some(err) = apply_all(&changes, kernel).into_iter().next() {
-        return Err(err.into());
-    }
-    Ok(records.remove(&record.container_id, &record.ifname)?)
 }

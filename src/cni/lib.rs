@@ -8,7 +8,6 @@ mod call;
 mod check;
 mod del;
 mod gc;
-mod lessons;
 mod logging;
 mod reply;
 mod status;

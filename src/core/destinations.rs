@@ -24,6 +24,16 @@ use crate::{
     set::{CidrSet, Entry, drop_covered, join_siblings, subtract},
 };
 
+/// What becomes of a CIDR that the administrator or the pod's author named and that cannot be routed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Refusal {
+    /// An error: somebody asks for it now and can be told.
+    #[default]
+    Error,
+    /// A finding: it was accepted once, and what it needs has gone since. The pod keeps everything else.
+    Finding,
+}
+
 /// Everything that decides which prefixes are routed.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
@@ -37,6 +47,8 @@ pub struct Inputs<'a> {
     pub node: &'a NodeFacts,
     /// Facts about the pod.
     pub pod: &'a PodFacts,
+    /// What becomes of named CIDRs that cannot be routed.
+    pub refusal: Refusal,
 }
 
 impl<'a> Inputs<'a> {
@@ -78,17 +90,16 @@ pub struct Destinations {
 /// Computes the destinations.
 ///
 /// # Errors
-/// Code 7 where a CIDR that the administrator or the pod's author named must be refused.
+/// Code 7 where a CIDR that the administrator or the pod's author named must be refused, and somebody can be told.
 pub fn destinations(inputs: Inputs<'_>) -> Result<Destinations, Error> {
     let guard = Guard::new(inputs);
     let mut chosen = Chosen::default();
     for net in &inputs.conf.hijack_cidr {
-        guard.administrators(net)?;
-        chosen.add(*net, Origin { named: Some("hijackCIDR".to_owned()), ..Origin::default() });
+        chosen.add_named(*net, "hijackCIDR", guard.administrators(net), inputs.refusal)?;
     }
     for named in &inputs.request.hijack_cidr {
-        guard.pod_authors(&named.net, &named.place)?;
-        chosen.add(named.net, Origin { named: Some(named.place.clone()), ..Origin::default() });
+        let verdict = guard.pod_authors(&named.net, &named.place);
+        chosen.add_named(named.net, &named.place, verdict, inputs.refusal)?;
     }
     guard.add_remotes(inputs, &mut chosen);
     if inputs.pod.attached == Attached::Underlay {
@@ -243,6 +254,22 @@ struct Chosen {
 impl Chosen {
     fn finding(&mut self, id: Id, text: String) {
         self.findings.push(Finding::new(id, text));
+    }
+
+    /// Adds a prefix that was named, unless the verdict on it is a refusal.
+    fn add_named(
+        &mut self,
+        net: IpNet,
+        place: &str,
+        verdict: Result<(), Error>,
+        refusal: Refusal,
+    ) -> Result<(), Error> {
+        match verdict {
+            Ok(()) => self.add(net, Origin { named: Some(place.to_owned()), ..Origin::default() }),
+            Err(err) if refusal == Refusal::Error => return Err(err),
+            Err(err) => self.finding(Id::CidrRefused, err.msg),
+        }
+        Ok(())
     }
 
     /// Adds a prefix; of two with the same prefix the first names it and the smaller MTU holds.

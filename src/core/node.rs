@@ -9,7 +9,7 @@ use crate::{
     cidr,
     json::Object,
     model::{Family, Link, NetnsState},
-    numbers::{NODE_ADDRESS_LIMIT, TABLE_MAIN},
+    numbers::{NODE_ADDRESS_LIMIT, TABLE_MAIN, VethNames},
     remotes::VERSION,
 };
 
@@ -92,10 +92,7 @@ fn is_node_link(link: &Link) -> bool {
         Some(prefix) => link.name.starts_with(prefix),
         None => link.name == *pattern,
     });
-    // An attachment's own veth: `cl` and 13 hex digits.
-    let ours = link.name.len() == 15
-        && link.name.strip_prefix("cl").is_some_and(|rest| rest.chars().all(|c| c.is_ascii_hexdigit()));
-    !(listed || ours)
+    !(listed || VethNames::is_node_end(&link.name))
 }
 
 /// Node addresses by the kernel's word, for nodes without `node.json`: global addresses of links that are not

@@ -75,6 +75,12 @@ impl VethNames {
         // 0x02 and 0x06: locally administered, unicast, and different from each other.
         Self { node: format!("cl{:013x}", hash >> 12), node_mac: [0x02, a, b, c, d, e], pod_mac: [0x06, a, b, c, d, e] }
     }
+
+    /// Whether a link of the node has the name of an attachment's veth: `cl` and 13 hex digits.
+    pub fn is_node_end(name: &str) -> bool {
+        let rest = name.strip_prefix("cl").unwrap_or_default();
+        rest.len() == 13 && rest.chars().all(|c| c.is_ascii_hexdigit())
+    }
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     cidr::host,
-    destinations::{Destinations, Inputs},
+    destinations::{Destinations, Inputs, Refusal},
     error::{Code, Error},
     facts::{Attached, PodFacts},
     finding::{Finding, Id},
@@ -100,18 +100,18 @@ pub fn wanted(
     destinations: &Destinations,
 ) -> Result<(Wanted, Vec<Finding>), Error> {
     match inputs.pod.attached {
-        Attached::Overlay => overlay(inputs.pod, destinations),
+        Attached::Overlay => overlay(inputs.pod, destinations, inputs.refusal),
         Attached::Underlay => Ok((underlay(identity, inputs, destinations), underlay_findings(inputs))),
     }
 }
 
-fn overlay(pod: &PodFacts, destinations: &Destinations) -> Result<(Wanted, Vec<Finding>), Error> {
+fn overlay(pod: &PodFacts, destinations: &Destinations, refusal: Refusal) -> Result<(Wanted, Vec<Finding>), Error> {
     let mut findings = Vec::new();
     let mut wanted = Wanted::default();
     for destination in &destinations.list {
         let family = Family::of_net(&destination.net);
         let Some(hop) = pod.next_hop(family) else {
-            if let Some(place) = &destination.origin.named {
+            if let Some(place) = destination.origin.named.as_ref().filter(|_| refusal == Refusal::Error) {
                 return Err(Error::new(
                     Code::NoNextHop,
                     format!(

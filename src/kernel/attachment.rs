@@ -4,11 +4,11 @@
 use std::collections::BTreeSet;
 
 use crosslink_core::{
-    destinations::{Inputs, destinations},
+    destinations::{Inputs, Refusal, destinations},
     error::Error,
     facts::{self, Attached, PodFacts, pod_facts},
     finding::{Finding, Id},
-    model::{Change, NetnsState, Observed, Side, Sysctl},
+    model::{Change, Link, NetnsState, Observed, Side, Sysctl},
     netconf::NetConf,
     node::{NodeFacts, addresses_from_kernel},
     numbers::{NODE_ADDRESS_LIMIT, VethNames},
@@ -22,7 +22,7 @@ use crosslink_core::{
 
 use ipnet::IpNet;
 
-use crate::{Applied, Kernel, NodeQuery, PodQuery};
+use crate::{Applied, Kernel, NodeQuery, PodQuery, records::Records};
 
 /// What is asked for, and for whom.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +39,8 @@ pub struct Attachment<'a> {
     pub remotes: &'a Merged,
     /// `node.json`.
     pub node: &'a NodeFacts,
+    /// What becomes of named CIDRs that cannot be routed.
+    pub refusal: Refusal,
 }
 
 /// Decided, and looked at, but nothing changed yet.
@@ -59,7 +61,7 @@ pub struct Prepared {
 impl<'a> Attachment<'a> {
     /// The inputs of the decision.
     pub const fn inputs(&self, pod: &'a PodFacts, node: &'a NodeFacts) -> Inputs<'a> {
-        Inputs { conf: self.conf, request: self.request, remotes: self.remotes, node, pod }
+        Inputs { conf: self.conf, request: self.request, remotes: self.remotes, node, pod, refusal: self.refusal }
     }
 
     fn facts(&self, pod: &NetnsState, node: &NetnsState) -> Result<PodFacts, Error> {
@@ -211,4 +213,32 @@ pub fn restore(record: &Record, claimed: &BTreeSet<IpNet>, kernel: &mut dyn Kern
 pub fn undo(done: &[Change], kernel: &mut dyn Kernel) -> Vec<crate::Error> {
     let inverse: Vec<Change> = done.iter().rev().filter_map(Change::inverse).collect();
     apply_all(&inverse, kernel)
+}
+
+/// Whether a sandbox is alive: its path leads to it, or the node's end of its veth is still there, which goes with the
+/// other end's namespace. A runtime may have unmounted the path of a sandbox in which processes run.
+///
+/// # Errors
+/// The kernel's.
+pub fn is_alive(record: &Record, kernel: &mut dyn Kernel) -> Result<bool, crate::Error> {
+    if kernel.identify(&record.netns.path).is_some_and(|id| id.same(&record.netns)) {
+        return Ok(true);
+    }
+    let node = look_at_node(&record.applied, kernel)?;
+    let link = record.applied.veth.as_ref().and_then(|veth| node.link(&veth.node));
+    Ok(link.is_some_and(|link| link.is_veth() && link.peer_elsewhere))
+}
+
+/// Removes what an attachment whose sandbox is gone left: a link that survived, and the record.
+///
+/// # Errors
+/// The kernel's, and the file system's; the record stays then.
+pub fn collect(record: &Record, records: &Records, kernel: &mut dyn Kernel) -> Result<(), crate::Error> {
+    let node = look_at_node(&record.applied, kernel)?;
+    let link = record.applied.veth.as_ref().filter(|veth| node.link(&veth.node).is_some_and(Link::is_veth));
+    let changes: Vec<Change> = link.map(|veth| Change::DeleteNodeLink(veth.node.clone())).into_iter().collect();
+    match apply_all(&changes, kernel).into_iter().next() {
+        Some(err) => Err(err),
+        None => records.remove(&record.container_id, &record.ifname),
+    }
 }

@@ -195,6 +195,13 @@ pub fn get_netnsid(other: RawFd) -> Request {
     Request::new(libc::RTM_GETNSID, 0, &message)
 }
 
+/// Gives a network namespace a number in ours, the kernel's choice (`NETNSA_NSID` -1).
+pub fn set_netnsid(other: RawFd) -> Request {
+    let mut message = NsidMessage::default();
+    message.attributes = vec![NsidAttribute::Id(-1), NsidAttribute::Fd(other.cast_unsigned())];
+    Request::new(libc::RTM_NEWNSID, 0, &message)
+}
+
 /// Asks for all interfaces.
 pub fn dump_links() -> Request {
     let mut message = LinkMessage::default();

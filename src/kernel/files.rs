@@ -58,6 +58,8 @@ pub struct Remotes {
     pub findings: Vec<Finding>,
     /// Whether any file was refused, even where a last good copy stood in.
     pub broken: bool,
+    /// Names of files that are there but contribute nothing.
+    pub lost: Vec<String>,
 }
 
 /// Reads every `*.json` of the directory. A missing directory means no remotes. A file that is refused is replaced by
@@ -82,7 +84,11 @@ pub fn read_remotes(dir: &Path) -> Remotes {
             Err(why) => why,
         };
         remotes.broken = true;
-        let good = match read_one(&dir.join(format!(".{name}.good")), &name) {
+        let copy = read_one(&dir.join(format!(".{name}.good")), &name);
+        if !matches!(copy, Ok(Some(_))) {
+            remotes.lost.push(name.clone());
+        }
+        let good = match copy {
             Ok(Some(file)) => {
                 remotes.files.push(file);
                 "its last good copy is used"

@@ -4,13 +4,16 @@
 //! `fake`) keeps everything in memory, records every change and replays errno.
 
 pub mod attachment;
+pub mod converge;
 mod decode;
 mod encode;
 pub mod error;
 #[cfg(feature = "fake")]
 pub mod fake;
 pub mod files;
+mod lessons;
 pub mod netns;
+pub mod notify;
 pub mod records;
 pub mod socket;
 mod sys;

@@ -21,7 +21,8 @@ impl Records {
         Self { dir: dir.to_owned() }
     }
 
-    fn path(&self, container_id: &str, ifname: &str) -> PathBuf {
+    /// The file of an attachment's record.
+    pub fn path(&self, container_id: &str, ifname: &str) -> PathBuf {
         self.dir.join(record::file_name(container_id, ifname))
     }
 
@@ -44,6 +45,14 @@ impl Records {
     /// Reads all records; what cannot be read is reported as a sentence instead.
     pub fn all(&self) -> Vec<Result<Record, String>> {
         self.some(|_| true)
+    }
+
+    /// File names of all records.
+    ///
+    /// # Errors
+    /// The directory is there but cannot be read.
+    pub fn names(&self) -> Result<Vec<String>, Error> {
+        list_records(&self.dir).map_err(|err| Error::file("list", &self.dir, &err))
     }
 
     /// All records but that of one attachment.

@@ -199,6 +199,26 @@ impl System {
         Ok(Self { node: Namespace::open()?, pod: None })
     }
 
+    /// The node's number for the sandbox (nsid), by which [`crate::notify`] names it; one is given to it if it has none.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn number(&mut self) -> Result<Option<u32>, Error> {
+        let sandbox = self.pod.as_ref().ok_or(Error::NoSandbox)?.netns.file().as_raw_fd();
+        if let Some(number) = self.known_number(sandbox)? {
+            return Ok(Some(number));
+        }
+        // Refused where another process was faster, which is as well.
+        let _ = self.node.socket.batch("number the sandbox", &[encode::set_netnsid(sandbox)]);
+        self.known_number(sandbox)
+    }
+
+    fn known_number(&mut self, sandbox: std::os::fd::RawFd) -> Result<Option<u32>, Error> {
+        let take = |received: crate::socket::Received<'_>| Ok(decode::netnsid(received));
+        let found = self.node.socket.get("find the sandbox's number", &encode::get_netnsid(sandbox), take)?;
+        Ok(found.flatten())
+    }
+
     fn side(&mut self, side: Side) -> Result<&mut Namespace, Error> {
         match side {
             Side::Node => Ok(&mut self.node),
@@ -215,10 +235,7 @@ impl System {
             |received: crate::socket::Received<'_>| Ok((decode::link(received)?, decode::link_netnsid(received)));
         let found = socket.get("find an interface by index", &encode::get_link_by_index(index), take)?;
         let Some((link, Some(peer))) = found else { return Ok(None) };
-        let request = encode::get_netnsid(sandbox);
-        let known =
-            socket.get("find the sandbox's number", &request, |received| Ok(decode::netnsid(received)))?.flatten();
-        Ok((known == Some(peer)).then_some(link))
+        Ok((self.known_number(sandbox)? == Some(peer)).then_some(link))
     }
 
     /// Translates one change, or carries it out where it is no message of a batch.

@@ -1,12 +1,156 @@
-//! Part: resync.
+//! Part: running pods follow. Every recorded attachment is planned anew with the plugin's own function when remotes files or
+//! `node.json` change, when something of it is lost, and now and then; what differs is applied in its sandbox. Records
+//! whose sandbox is gone are collected.
 
-use crate::context::Context;
+mod attachment;
+mod keeper;
+mod pass;
+mod propagation;
+mod watch;
+
+use std::{collections::BTreeSet, time::Duration};
+
+use crosslink_kernel::{files, notify::Changed};
+use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
+use tokio::{sync::mpsc, time::Instant};
+
+use crate::{context::Context, inputs};
+
+use self::{
+    keeper::Keeper,
+    pass::{Key, Which},
+};
+
+/// Name on the board.
+const PART: &str = "resync";
+
+/// How long events are gathered: an ADD makes a dozen. Changes of remotes files are not delayed by it.
+const GATHER: Duration = Duration::from_millis(50);
+
+/// When a pass is repeated for what failed, was locked or is hidden.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// Events that wait; the threads that send them wait when it is full.
+const EVENTS: usize = 4096;
+
+/// Why a pass is due.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Event {
+    /// A record was written.
+    Record(Key),
+    /// Something changed in a namespace.
+    Kernel(Changed),
+    /// A sandbox was unmounted, or directories changed: look at all of them.
+    All,
+}
+
+/// What is counted.
+#[derive(Clone, Debug, Default)]
+struct Metrics {
+    passes: Counter,
+    changes: Counter,
+    failures: Counter,
+    collected: Counter,
+    attachments: Gauge,
+    routes: Gauge,
+    seconds: Option<Histogram>,
+}
+
+impl Metrics {
+    fn new(context: &Context) -> Self {
+        // From the pass of one pod to that of hundreds.
+        let buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+        let seconds = Histogram::new(buckets);
+        let metrics = Self { seconds: Some(seconds.clone()), ..Self::default() };
+        context.register(|registry| {
+            registry.register("resync_passes", "Passes over attachments", metrics.passes.clone());
+            registry.register("resync_changes", "Changes applied in sandboxes and for them", metrics.changes.clone());
+            registry.register(
+                "resync_failures",
+                "Attachments that could not be brought in step",
+                metrics.failures.clone(),
+            );
+            registry.register("resync_collected", "Records of gone sandboxes removed", metrics.collected.clone());
+            registry.register("attachments", "Recorded attachments", metrics.attachments.clone());
+            registry.register("pod_routes", "Routes in sandboxes", metrics.routes.clone());
+            registry.register("resync_seconds", "Time until the kernels of all pods of a pass had everything", seconds);
+        });
+        metrics
+    }
+}
 
 /// Runs the part.
 ///
 /// # Errors
-/// It cannot go on.
+/// The directory of records cannot be made.
 pub async fn run(context: Context) -> anyhow::Result<()> {
-    context.stop.cancelled().await;
-    Ok(())
+    files::make_private_dir(&context.settings.state_dir())?;
+    if !context.settings.resync {
+        context.board.well(PART);
+        context.stop.cancelled().await;
+        return Ok(());
+    }
+    context.board.expect(PART);
+    let (sender, mut events) = mpsc::channel(EVENTS);
+    watch::start(&context, &sender);
+    let mut inputs = inputs::watch(&context);
+    inputs.mark_unchanged();
+    let mut keeper = Keeper::new(&context, inputs.clone(), Metrics::new(&context));
+    let period = Duration::from_secs(context.settings.resync_interval_seconds);
+    let mut due = Due { which: Which::All, again: Instant::now() + period };
+    loop {
+        let outcome;
+        (keeper, outcome) = tokio::task::spawn_blocking(move || {
+            let outcome = keeper.pass(&due.which);
+            (keeper, outcome)
+        })
+        .await?;
+        let again = if outcome.again { RETRY } else { period };
+        due.again = Instant::now() + again;
+        due.which = tokio::select! {
+            biased;
+            () = context.stop.cancelled() => return Ok(()),
+            changed = inputs.changed() => match changed {
+                Ok(()) => Which::All,
+                Err(_) => return Ok(()),
+            },
+            which = gather(&mut events, &keeper) => which,
+            () = tokio::time::sleep_until(due.again) => Which::All,
+        };
+    }
+}
+
+/// The next pass.
+struct Due {
+    which: Which,
+    again: Instant,
+}
+
+/// Waits for events that matter and gathers those that come right after.
+async fn gather(events: &mut mpsc::Receiver<Event>, keeper: &Keeper) -> Which {
+    let mut keys = BTreeSet::new();
+    let mut all = false;
+    let mut until: Option<Instant> = None;
+    loop {
+        let event = match until {
+            None => events.recv().await,
+            Some(until) => match tokio::time::timeout_at(until, events.recv()).await {
+                Ok(event) => event,
+                Err(_) if all => return Which::All,
+                Err(_) => return Which::Some(keys),
+            },
+        };
+        // The threads that send live as long as the process.
+        let Some(event) = event else { return std::future::pending().await };
+        match event {
+            Event::All | Event::Kernel(Changed::Lost | Changed::Node) => all = true,
+            Event::Kernel(Changed::Sandbox(number)) => match keeper.owner(number) {
+                Some(found) => keys.extend(found),
+                None => continue,
+            },
+            Event::Record(key) if keeper.is_news(&key) => drop(keys.insert(key)),
+            Event::Record(_) => continue,
+        }
+        until = until.or_else(|| Some(Instant::now() + GATHER));
+    }
 }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use crosslink_core::{
-    destinations::{self, Destination, Destinations, Inputs},
+    destinations::{self, Destination, Destinations, Inputs, Refusal},
     error::Error,
     facts::{Attached, NextHop, PodAddress, PodFacts},
     finding::{Finding, Id},
@@ -157,7 +157,14 @@ impl World {
 impl Ready {
     /// What the functions take.
     pub const fn inputs(&self) -> Inputs<'_> {
-        Inputs { conf: &self.conf, request: &self.request, remotes: &self.remotes, node: &self.node, pod: &self.pod }
+        Inputs {
+            conf: &self.conf,
+            request: &self.request,
+            remotes: &self.remotes,
+            node: &self.node,
+            pod: &self.pod,
+            refusal: Refusal::Error,
+        }
     }
 }
 

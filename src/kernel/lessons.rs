@@ -2,13 +2,16 @@
 //! kernel refuses of them is left out, with a finding; what was named, and everything else, is an error.
 
 use crosslink_core::{
+    destinations::Refusal,
     error::{Code, Error},
     finding::{Finding, Id},
     model::{Change, Route, Side},
     node::NodeFacts,
     wanted::Wanted,
 };
-use crosslink_kernel::{Errno, Error as KernelError, Kernel, NodeQuery};
+use nix::errno::Errno;
+
+use crate::{Error as KernelError, Kernel, NodeQuery};
 
 /// What was learned so far.
 #[derive(Debug)]
@@ -22,12 +25,13 @@ pub struct Lessons {
     /// Changes that met something that had not been there when it was looked.
     met: Vec<Change>,
     node_checked: bool,
+    refusal: Refusal,
 }
 
 impl Lessons {
     /// Nothing learned yet.
-    pub const fn new(node: NodeFacts) -> Self {
-        Self { node, refused: Vec::new(), findings: Vec::new(), met: Vec::new(), node_checked: false }
+    pub const fn new(node: NodeFacts, refusal: Refusal) -> Self {
+        Self { node, refused: Vec::new(), findings: Vec::new(), met: Vec::new(), node_checked: false, refusal }
     }
 
     /// Takes a refusal in.
@@ -85,7 +89,8 @@ impl Lessons {
 
     fn leave_out(&mut self, route: &Route, wanted: &Wanted, code: Code, finding: Finding) -> Result<(), Error> {
         let named = wanted.pod_routes.iter().find(|wanted| wanted.route == *route);
-        if let Some(place) = named.and_then(|route| route.named.as_ref()) {
+        let named = named.and_then(|route| route.named.as_ref());
+        if let Some(place) = named.filter(|_| self.refusal == Refusal::Error) {
             return Err(Error::new(code, format!("{place}: {}: remove the CIDR, or what is in its way", finding.text)));
         }
         self.refused.push(route.clone());

@@ -1,0 +1,128 @@
+//! What decides about every pod of the node: the remotes files and `node.json`, as they are on disk now, whoever wrote
+//! them. One watcher serves all parts.
+
+use std::{
+    path::Path,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use crosslink_core::{
+    finding::Finding,
+    node::NodeFacts,
+    remotes::{Merged, RemotesFile, merge},
+};
+use crosslink_kernel::files::{self, Remotes};
+use tokio::sync::watch;
+
+use crate::{
+    board::Board,
+    context::Context,
+    dirs::{Dirs, Seen},
+    settings::Settings,
+};
+
+/// Longest time without a look: bind mounts and network file systems lose notifications.
+const LOOK: Duration = Duration::from_secs(30);
+
+/// The same where there are no notifications at all.
+const LOOK_BLIND: Duration = Duration::from_secs(1);
+
+/// Remotes files and `node.json`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Inputs {
+    /// The remotes files.
+    pub remotes: Remotes,
+    /// The same, merged.
+    pub merged: Merged,
+    /// `node.json`; empty where it is missing or refused.
+    pub node: NodeFacts,
+    /// What keeps `node.json` from being used.
+    pub node_finding: Option<Finding>,
+}
+
+impl Inputs {
+    /// Reads them.
+    pub fn read(remotes_dir: &Path, node_file: &Path) -> Self {
+        let (node, node_finding) = files::read_node(node_file);
+        let remotes = files::read_remotes(remotes_dir);
+        let merged = merge(&remotes.files, node.cluster_name.as_deref());
+        Self { remotes, merged, node, node_finding }
+    }
+
+    /// What was refused or contested, in the order in which ADD notes it.
+    pub fn findings(&self) -> Vec<Finding> {
+        self.remotes.findings.iter().chain(&self.node_finding).chain(&self.merged.findings).cloned().collect()
+    }
+
+    /// Lets what a file, also `node.json`, said before stand in where it is there but cannot be used and has no last good copy: somebody may
+    /// be writing it at this moment, and running pods must not lose routes over that.
+    fn stand_in(mut self, before: &Self) -> Self {
+        let known = before.remotes.files.iter().filter(|file| self.remotes.lost.contains(&file.file));
+        let known: Vec<RemotesFile> = known.cloned().collect();
+        if !known.is_empty() {
+            self.remotes.files.extend(known);
+            self.remotes.files.sort_by(|one, other| one.file.cmp(&other.file));
+            self.merged = merge(&self.remotes.files, self.node.cluster_name.as_deref());
+        }
+        if self.node_finding.is_some() {
+            self.node = before.node.clone();
+            self.merged = merge(&self.remotes.files, self.node.cluster_name.as_deref());
+        }
+        self
+    }
+}
+
+/// The shared watcher; started by the first who asks.
+#[derive(Clone, Debug, Default)]
+pub struct Shared(Arc<OnceLock<watch::Receiver<Arc<Inputs>>>>);
+
+/// The inputs and every later state of them. A state that was overtaken may be left out.
+pub fn watch(context: &Context) -> watch::Receiver<Arc<Inputs>> {
+    context.inputs.0.get_or_init(|| start(&context.settings, context.board.clone())).clone()
+}
+
+fn start(settings: &Settings, board: Board) -> watch::Receiver<Arc<Inputs>> {
+    let (lib, remotes, node) = (settings.lib_dir.clone(), settings.remotes_dir(), settings.node_file());
+    // Before the first look, so that nothing that comes after it is missed.
+    let mut dirs = Dirs::new(vec![lib, remotes.clone()]);
+    let first = Inputs::read(&remotes, &node);
+    report(&board, &first);
+    let (sender, receiver) = watch::channel(Arc::new(first));
+    std::thread::spawn(move || {
+        while !sender.is_closed() {
+            wait(&mut dirs);
+            let now = Inputs::read(&remotes, &node).stand_in(&sender.borrow());
+            let changed = sender.send_if_modified(|before| {
+                let changed = **before != now;
+                if changed {
+                    *before = Arc::new(now);
+                }
+                changed
+            });
+            if changed {
+                report(&board, &sender.borrow());
+            }
+        }
+    });
+    receiver
+}
+
+fn report(board: &Board, inputs: &Inputs) {
+    board.findings("inputs", inputs.findings());
+    let routes: usize = inputs.merged.clusters.values().map(|cluster| cluster.cidrs.len()).sum();
+    board.facts("inputs", serde_json::json!({ "clusters": inputs.merged.clusters.len(), "cidrs": routes }));
+}
+
+/// Returns when something may have changed.
+fn wait(dirs: &mut Dirs) {
+    let longest = if dirs.sees() { LOOK } else { LOOK_BLIND };
+    loop {
+        let seen = dirs.wait(longest);
+        // Temporary files and last good copies change nothing by themselves.
+        let hidden = |seen: &Seen| matches!(seen, Seen::Name { name, .. } if name.as_encoded_bytes().starts_with(b"."));
+        if seen.is_empty() || !seen.iter().all(hidden) {
+            return;
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! One attachment: from its record to its sandbox and back.
+
+use std::{collections::BTreeSet, os::unix::fs::MetadataExt, path::Path, time::Duration};
+
+use crosslink_core::{
+    destinations::Refusal,
+    finding::Finding,
+    model::Sysctl,
+    netconf::NetConf,
+    record::{Record, State, VERSION},
+    request::PodRequest,
+    result::ResultIp,
+    wanted::{Identity, Wanted},
+};
+use crosslink_kernel::{
+    Error as KernelError, Kernel, System,
+    attachment::{Attachment, collect, is_alive},
+    converge::{Converge, Work},
+    records::Records,
+};
+
+use crate::inputs::Inputs;
+
+use super::{pass::Key, propagation::Propagation};
+
+/// Longest wait for a sandbox that the plugin works on. The pass goes on with other attachments and comes back.
+const LOCK_WAIT: Duration = Duration::from_millis(500);
+
+/// What all attachments of a pass share.
+#[derive(Debug)]
+pub struct Env<'a> {
+    /// Records.
+    pub records: &'a Records,
+    /// The agent's own remotes files and `node.json`.
+    pub inputs: &'a Inputs,
+    /// Where those are.
+    pub remotes_dir: &'a Path,
+    /// And that.
+    pub node_file: &'a Path,
+    /// Whether sandboxes can be seen.
+    pub propagation: &'a Propagation,
+}
+
+/// What became of an attachment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct InStep {
+    /// Routes in the sandbox.
+    pub routes: usize,
+    /// Changes made.
+    pub changes: usize,
+    /// The node's number for the sandbox.
+    pub number: Option<u32>,
+    /// Inode and time of the record, by which a later one is told.
+    pub stamp: Option<Stamp>,
+    /// What the record notes.
+    pub findings: Vec<Finding>,
+    /// Why the record could not be written.
+    pub unwritten: Option<String>,
+}
+
+/// Inode and modification time in nanoseconds.
+pub type Stamp = (u64, i64, i64);
+
+/// What became of an attachment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is as it should be.
+    InStep(InStep),
+    /// There is no record any more, or ADD is not done: nothing to do.
+    NotOurs,
+    /// Its sandbox was gone; its record is, too.
+    Collected,
+    /// The plugin works on it.
+    Busy,
+    /// The sandbox cannot be seen from here.
+    Hidden(String),
+    /// A newer version's record.
+    Newer(u64),
+    /// Something went wrong.
+    Failed(String),
+}
+
+/// An attachment whose kernel state is done; the record may be still to be written, and the sandbox is locked till then.
+#[derive(Debug)]
+pub struct Synced {
+    outcome: Outcome,
+    write: Option<Box<(Record, Records)>>,
+    _lock: Option<System>,
+}
+
+impl Synced {
+    fn ended(outcome: Outcome) -> Self {
+        Self { outcome, write: None, _lock: None }
+    }
+
+    /// One that failed.
+    pub fn failed(why: String) -> Self {
+        Self::ended(Outcome::Failed(why))
+    }
+
+    /// Writes the record, if it is to be, and unlocks the sandbox.
+    pub fn finish(self) -> Outcome {
+        let Self { mut outcome, write, _lock } = self;
+        let (Some(write), Outcome::InStep(step)) = (write, &mut outcome) else { return outcome };
+        let (record, records) = *write;
+        match records.write(&record) {
+            Ok(()) => step.stamp = stamp(&records.path(&record.container_id, &record.ifname)),
+            Err(err) => step.unwritten = Some(err.to_string()),
+        }
+        outcome
+    }
+}
+
+/// Inode and time of a file.
+pub fn stamp(path: &Path) -> Option<Stamp> {
+    let meta = std::fs::metadata(path).ok()?;
+    Some((meta.ino(), meta.mtime(), meta.mtime_nsec()))
+}
+
+/// Brings one attachment in step. The calling thread may be left in the sandbox.
+pub fn sync(key: &Key, env: &Env<'_>) -> Synced {
+    match try_sync(key, env) {
+        Ok(synced) => synced,
+        Err(KernelError::Locked { .. }) => Synced::ended(Outcome::Busy),
+        Err(err) => Synced::failed(err.to_string()),
+    }
+}
+
+fn try_sync(key: &Key, env: &Env<'_>) -> Result<Synced, KernelError> {
+    let path = env.records.path(&key.container_id, &key.ifname);
+    let before = stamp(&path);
+    let mut record = match read(key, env) {
+        Ok(record) => record,
+        Err(outcome) => return Ok(Synced::ended(outcome)),
+    };
+    let mut kernel = System::new()?;
+    let id = match kernel.enter(&record.netns.path, LOCK_WAIT) {
+        Ok(id) => id,
+        Err(err) if err.is_gone() => return gone(&record, &err, env, &mut kernel).map(Synced::ended),
+        Err(err) => return Err(err),
+    };
+    // What counts is what is there under the lock.
+    let now = stamp(&path);
+    if now != before {
+        record = match read(key, env) {
+            Ok(record) => record,
+            Err(outcome) => return Ok(Synced::ended(outcome)),
+        };
+    }
+    if !record.netns.same(&id) {
+        // Another sandbox took the path.
+        let why = KernelError::NotNetns(record.netns.path.clone());
+        return gone(&record, &why, env, &mut kernel).map(Synced::ended);
+    }
+    // An ADD that was killed: the runtime deletes or repeats it, and the plugin knows how far it came.
+    if record.state == State::Adding {
+        return Ok(Synced::ended(Outcome::NotOurs));
+    }
+    let number = kernel.number()?;
+    let step = InStep { number, stamp: now, ..InStep::default() };
+    Ok(converge(record, step, env, kernel))
+}
+
+fn read(key: &Key, env: &Env<'_>) -> Result<Record, Outcome> {
+    match env.records.read(&key.container_id, &key.ifname) {
+        Ok(Some(record)) if record.version > VERSION => Err(Outcome::Newer(record.version)),
+        Ok(Some(record)) => Ok(record),
+        Ok(None) => Err(Outcome::NotOurs),
+        Err(why) => Err(Outcome::Failed(why)),
+    }
+}
+
+/// A sandbox that is not where it was.
+fn gone(record: &Record, why: &KernelError, env: &Env<'_>, kernel: &mut System) -> Result<Outcome, KernelError> {
+    if let Some(text) = env.propagation.hides(&record.netns.path, why) {
+        return Ok(Outcome::Hidden(text));
+    }
+    if is_alive(record, kernel)? {
+        let text = format!("sandbox {} was unmounted, but its veth is alive", record.netns.path.display());
+        return Ok(Outcome::Hidden(text));
+    }
+    // Somebody may have added the same attachment anew meanwhile.
+    match env.records.read(&record.container_id, &record.ifname) {
+        Ok(Some(now)) if now.netns == record.netns => collect(record, env.records, kernel)?,
+        _ => return Ok(Outcome::NotOurs),
+    }
+    Ok(Outcome::Collected)
+}
+
+/// What of a record decides about writing it anew.
+type Essence<'r> = (&'r Wanted, &'r [Sysctl], &'r [Finding], State);
+
+fn essence(record: &Record) -> Essence<'_> {
+    (&record.applied, &record.saved, &record.findings, record.state)
+}
+
+fn converge(record: Record, mut step: InStep, env: &Env<'_>, mut kernel: System) -> Synced {
+    let (conf, request): (NetConf, PodRequest) = record.wishes.inputs();
+    let ips: Vec<ResultIp> = record.wishes.ips.iter().map(|&(addr, gateway)| ResultIp { addr, gateway }).collect();
+    let other = (record.wishes.remotes_dir != env.remotes_dir || record.wishes.node_file != env.node_file)
+        .then(|| Inputs::read(&record.wishes.remotes_dir, &record.wishes.node_file));
+    let inputs = other.as_ref().unwrap_or(env.inputs);
+    let (container_id, ifname) = (record.container_id.clone(), record.ifname.clone());
+    let (network, pod, id) = (record.network.clone(), record.pod.clone(), record.netns.clone());
+    let attachment = Attachment {
+        identity: Identity { container_id: &container_id, ifname: &ifname },
+        conf: &conf,
+        request: &request,
+        ips: &ips,
+        remotes: &inputs.merged,
+        node: &inputs.node,
+        refusal: Refusal::Finding,
+    };
+    let mut work = Work::new(env.records.clone(), &container_id, &ifname);
+    work.previous = Some(record);
+    let findings = inputs.findings();
+    let mut converge = Converge { attachment, id, network: &network, pod, findings, work };
+    let made = converge.run(&mut kernel, &mut |_, _| Ok(()));
+    step.changes = converge.work.done.len();
+    let mut made = match made {
+        Ok(made) => made,
+        Err(err) => {
+            if step.changes > 0 {
+                converge.work.undo(&mut kernel);
+            }
+            return Synced::failed(err.msg);
+        }
+    };
+    made.set_findings(&converge.findings);
+    step.routes = made.applied.pod_routes.len();
+    step.findings.clone_from(&made.findings);
+    let same = converge.work.previous.as_ref().is_some_and(|previous| essence(previous) == essence(&made));
+    let write = (!same).then(|| Box::new((made, env.records.clone())));
+    Synced { outcome: Outcome::InStep(step), write, _lock: Some(kernel) }
+}
+
+/// Findings of many attachments, each once, with how many have it.
+pub fn tally<'f>(findings: impl Iterator<Item = &'f Finding>) -> Vec<Finding> {
+    let mut seen: Vec<(&Finding, usize)> = Vec::new();
+    let mut known: BTreeSet<(&'static str, &str)> = BTreeSet::new();
+    for finding in findings {
+        if known.insert((finding.id.as_str(), &finding.text)) {
+            seen.push((finding, 1));
+        } else if let Some((_, count)) = seen.iter_mut().find(|(other, _)| *other == finding) {
+            *count += 1;
+        }
+    }
+    let text = |finding: &Finding, count: usize| match count {
+        1 => finding.text.clone(),
+        count => format!("{} (in {count} pods)", finding.text),
+    };
+    seen.into_iter().map(|(finding, count)| Finding::new(finding.id, text(finding, count))).collect()
+}

@@ -1,0 +1,194 @@
+//! What is remembered between passes, and what a pass means for the board.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::Arc,
+    time::Instant,
+};
+
+use crosslink_core::{
+    finding::{Finding, Id},
+    record::parse_file_name,
+};
+use crosslink_kernel::records::Records;
+use tokio::sync::watch;
+
+use crate::{board::Board, context::Context, inputs::Inputs};
+
+use super::{
+    Metrics, PART,
+    attachment::{Env, InStep, Outcome, stamp, tally},
+    pass::{self, Key, Which},
+    propagation::Propagation,
+};
+
+/// What the coordinator needs to know of a pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Passed {
+    /// Whether something is worth another try soon.
+    pub again: bool,
+}
+
+/// The part's memory.
+#[derive(Debug)]
+pub struct Keeper {
+    board: Board,
+    records: Records,
+    remotes_dir: PathBuf,
+    node_file: PathBuf,
+    netns_dir: PathBuf,
+    inputs: watch::Receiver<Arc<Inputs>>,
+    metrics: Metrics,
+    known: BTreeMap<Key, Outcome>,
+}
+
+impl Keeper {
+    /// Knows nothing yet.
+    pub fn new(context: &Context, inputs: watch::Receiver<Arc<Inputs>>, metrics: Metrics) -> Self {
+        Self {
+            board: context.board.clone(),
+            records: Records::new(&context.settings.state_dir()),
+            remotes_dir: context.settings.remotes_dir(),
+            node_file: context.settings.node_file(),
+            netns_dir: context.settings.netns_dir.clone(),
+            inputs,
+            metrics,
+            known: BTreeMap::new(),
+        }
+    }
+
+    /// The attachments in the sandbox of a number.
+    pub fn owner(&self, number: u32) -> Option<Vec<Key>> {
+        let in_it = |outcome: &Outcome| matches!(outcome, Outcome::InStep(step) if step.number == Some(number));
+        let keys: Vec<Key> =
+            self.known.iter().filter(|(_, outcome)| in_it(outcome)).map(|(key, _)| key.clone()).collect();
+        (!keys.is_empty()).then_some(keys)
+    }
+
+    /// Whether a record is another than the one that we know.
+    pub fn is_news(&self, key: &Key) -> bool {
+        let now = stamp(&self.records.path(&key.container_id, &key.ifname));
+        match self.known.get(key) {
+            Some(Outcome::InStep(step)) => now.is_some() && step.stamp != now,
+            _ => now.is_some(),
+        }
+    }
+
+    /// Brings attachments in step.
+    pub fn pass(&mut self, which: &Which) -> Passed {
+        let started = Instant::now();
+        let inputs = self.inputs.borrow().clone();
+        let propagation = Propagation::read();
+        let all = self.keys();
+        let keys: Vec<Key> = match which {
+            Which::All => all.iter().cloned().collect(),
+            Which::Some(some) => some.intersection(&all).cloned().collect(),
+        };
+        self.known.retain(|key, _| all.contains(key));
+        let env = Env {
+            records: &self.records,
+            inputs: &inputs,
+            remotes_dir: &self.remotes_dir,
+            node_file: &self.node_file,
+            propagation: &propagation,
+        };
+        let seconds = self.metrics.seconds.clone();
+        let outcomes = pass::run(keys, &env, || {
+            seconds.iter().for_each(|histogram| histogram.observe(started.elapsed().as_secs_f64()));
+        });
+        self.metrics.passes.inc();
+        for (key, outcome) in outcomes {
+            self.take(key, outcome);
+        }
+        self.report(started);
+        Passed { again: self.known.values().any(is_unsettled) }
+    }
+
+    fn keys(&self) -> BTreeSet<Key> {
+        let key = |name: &String| {
+            let (container_id, ifname) = parse_file_name(name)?;
+            Some(Key { container_id: container_id.to_owned(), ifname: ifname.to_owned() })
+        };
+        match self.records.names() {
+            Ok(names) => names.iter().filter_map(key).collect(),
+            Err(err) => {
+                self.board.ill(PART, err.to_string());
+                BTreeSet::new()
+            }
+        }
+    }
+
+    fn take(&mut self, key: Key, outcome: Outcome) {
+        let Key { container_id, ifname } = &key;
+        match &outcome {
+            Outcome::InStep(step) if step.changes > 0 => {
+                self.metrics.changes.inc_by(u64::try_from(step.changes).unwrap_or_default());
+                tracing::info!(container_id, ifname, changes = step.changes, routes = step.routes, "brought in step");
+            }
+            Outcome::Collected => {
+                self.metrics.collected.inc();
+                tracing::info!(container_id, ifname, "the sandbox is gone; its record was removed");
+            }
+            Outcome::Failed(why) => {
+                self.metrics.failures.inc();
+                tracing::warn!(container_id, ifname, "{why}");
+            }
+            Outcome::InStep(_) | Outcome::NotOurs | Outcome::Busy | Outcome::Hidden(_) | Outcome::Newer(_) => {}
+        }
+        match outcome {
+            Outcome::Collected => drop(self.known.remove(&key)),
+            outcome => drop(self.known.insert(key, outcome)),
+        }
+    }
+
+    fn steps(&self) -> impl Iterator<Item = &InStep> {
+        self.known.values().filter_map(|outcome| match outcome {
+            Outcome::InStep(step) => Some(step),
+            _ => None,
+        })
+    }
+
+    fn report(&self, started: Instant) {
+        let routes: usize = self.steps().map(|step| step.routes).sum();
+        self.metrics.attachments.set(i64::try_from(self.known.len()).unwrap_or(i64::MAX));
+        self.metrics.routes.set(i64::try_from(routes).unwrap_or(i64::MAX));
+        let of_pods = tally(self.steps().flat_map(|step| &step.findings));
+        let of_ours = tally(self.known.iter().filter_map(finding).collect::<Vec<_>>().iter());
+        self.board.findings("pods", of_pods);
+        self.board.findings(PART, of_ours);
+        let millis = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.board.facts(
+            PART,
+            serde_json::json!({ "attachments": self.known.len(), "routes": routes, "lastPassMilliseconds": millis }),
+        );
+        let hidden = self.known.values().find_map(|outcome| match outcome {
+            Outcome::Hidden(text) if !self.netns_dir.is_dir() || text.contains("HostToContainer") => Some(text),
+            _ => None,
+        });
+        match hidden {
+            Some(text) => self.board.ill(PART, text.clone()),
+            None => self.board.well(PART),
+        }
+    }
+}
+
+/// Whether another try soon may do better.
+const fn is_unsettled(outcome: &Outcome) -> bool {
+    match outcome {
+        Outcome::Busy | Outcome::Failed(_) => true,
+        Outcome::InStep(step) => step.unwritten.is_some(),
+        Outcome::NotOurs | Outcome::Collected | Outcome::Hidden(_) | Outcome::Newer(_) => false,
+    }
+}
+
+fn finding((key, outcome): (&Key, &Outcome)) -> Option<Finding> {
+    let named = |id, text: &str| Some(Finding::new(id, format!("{} {}: {text}", key.container_id, key.ifname)));
+    match outcome {
+        Outcome::Failed(why) => named(Id::Resync, why),
+        Outcome::Hidden(why) => named(Id::NetnsHidden, why),
+        Outcome::Newer(version) => named(Id::RecordNewer, &format!("version {version}")),
+        Outcome::InStep(InStep { unwritten: Some(why), .. }) => named(Id::State, why),
+        Outcome::InStep(_) | Outcome::NotOurs | Outcome::Collected | Outcome::Busy => None,
+    }
+}
