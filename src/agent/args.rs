@@ -8,7 +8,7 @@ use crate::settings::Given;
 
 /// Installs the crosslink CNI plugin on this node and keeps plugin, remotes files and running pods in step.
 #[derive(Debug, Parser)]
-#[command(name = "crosslink-agent", version)]
+#[command(name = "crosslink-agent", version, args_override_self = true)]
 pub struct Args {
     /// What to do.
     #[command(subcommand)]

@@ -75,7 +75,7 @@ pub fn add(call: &Call<'_>, kernel: &mut dyn Kernel) -> Result<Added, Error> {
     let records = Records::new(&conf.state_dir);
     let mut work = Work::new(records.clone(), &call.env.container_id, &call.env.ifname);
     judge_previous(&mut work, &id, &mut findings);
-    let mut adding = Converge { attachment, id, network: &conf.name, pod: call.pod(), findings, work };
+    let mut adding = Converge { attachment, id, network: &conf.name, pod: call.pod(), findings, work, facts: None };
     match converge(&mut adding, &records, &conf, kernel) {
         Ok(()) => {
             let output = prev.output(&call.cni_version);

@@ -1,6 +1,9 @@
 //! DEL: best effort. It succeeds when nothing is left to do, however often it is called.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use crosslink_core::{
     error::{Code, Error},
@@ -8,12 +11,13 @@ use crosslink_core::{
     model::{Change, Observed},
     netconf::{self, Strictness},
     numbers::VethNames,
-    plan::{teardown, teardown_unrecorded},
+    plan::{Recorded, teardown, teardown_unrecorded},
     record::{NetnsId, Record},
 };
 use crosslink_kernel::{
     Kernel, NodeQuery, PodQuery,
     attachment::{apply_all, look, look_at_node},
+    converge::claims_of_others,
     records::Records,
 };
 
@@ -38,7 +42,7 @@ pub fn del(call: &Call<'_>, kernel: &mut dyn Kernel) -> Result<(), Error> {
         }
     };
     let changes = match &record {
-        Some(record) => recorded(record, id.as_ref(), kernel)?,
+        Some(record) => recorded(record, &records, id.as_ref(), kernel)?,
         None => unrecorded(call, &records, id.as_ref(), kernel)?,
     };
     let refused = apply_all(&changes, kernel);
@@ -78,13 +82,26 @@ fn enter(path: Option<&Path>, kernel: &mut dyn Kernel) -> Result<Option<NetnsId>
 }
 
 /// Changes by the record. A sandbox of another identity is somebody else's.
-fn recorded(record: &Record, id: Option<&NetnsId>, kernel: &mut dyn Kernel) -> Result<Vec<Change>, Error> {
+fn recorded(
+    record: &Record,
+    records: &Records,
+    id: Option<&NetnsId>,
+    kernel: &mut dyn Kernel,
+) -> Result<Vec<Change>, Error> {
     let observed = if id.is_some_and(|id| id.same(&record.netns)) {
         look(&record.applied, &record.saved, kernel)?
     } else {
         Observed { node: look_at_node(&record.applied, kernel)?, ..Observed::default() }
     };
-    Ok(teardown(&record.applied, &record.saved, &observed))
+    let own = record.claims();
+    let more = observed.pod.routes.iter().any(|seen| seen.ours() && !own.contains(&seen.route.dst));
+    let claimed = match id {
+        // Read only where there is something that they may claim.
+        Some(id) if more => claims_of_others(records, id, (&record.container_id, &record.ifname)),
+        _ => BTreeSet::new(),
+    };
+    let recorded = Recorded { ifname: &record.ifname, applied: &record.applied, saved: &record.saved };
+    Ok(teardown(recorded, &observed, &claimed))
 }
 
 /// Changes by what can be derived.

@@ -14,6 +14,7 @@
 //! No I/O here: `crosslink-kernel` observes and applies.
 
 pub mod cidr;
+pub mod delta;
 pub mod destinations;
 pub mod error;
 pub mod facts;

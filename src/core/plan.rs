@@ -290,8 +290,22 @@ pub fn describe(seen: &ObservedRoute) -> String {
     format!("{kind}{} proto {} metric {}", seen.route, seen.protocol, seen.metric)
 }
 
+/// What DEL goes by.
+#[derive(Clone, Copy, Debug)]
+pub struct Recorded<'a> {
+    /// Name of the attachment's interface.
+    pub ifname: &'a str,
+    /// What was applied.
+    pub applied: &'a Wanted,
+    /// Values to put back.
+    pub saved: &'a [Sysctl],
+}
+
 /// What DEL does with a record: delete what was made, put back what was changed. Only where it still is as we left it.
-pub fn teardown(applied: &Wanted, saved: &[Sysctl], observed: &Observed) -> Vec<Change> {
+/// Routes of ours by the attachment's interfaces are also those that a resync added and did not live to record, unless
+/// another attachment claims them.
+pub fn teardown(record: Recorded<'_>, observed: &Observed, claimed: &BTreeSet<IpNet>) -> Vec<Change> {
+    let Recorded { ifname, applied, saved } = record;
     let mut changes = Vec::new();
     for old in saved {
         let current = observed.side(old.side).sysctls.get(&old.key);
@@ -303,8 +317,15 @@ pub fn teardown(applied: &Wanted, saved: &[Sysctl], observed: &Observed) -> Vec<
             changes.push(Change::SetSysctl(old.clone(), Some(current.clone())));
         }
     }
-    let there = |wanted: &&Route| observed.pod.routes.iter().any(|seen| seen.ours() && seen.route == **wanted);
-    changes.extend(applied.routes(Side::Pod).filter(there).map(|route| Change::DeleteRoute(Side::Pod, route.clone())));
+    let made: BTreeMap<IpNet, &Route> = applied.routes(Side::Pod).map(|route| (route.dst, route)).collect();
+    let veth = applied.veth.as_ref().map(|veth| veth.pod.as_str());
+    let own = |seen: &&ObservedRoute| {
+        let recorded = made.get(&seen.route.dst).is_some_and(|route| **route == seen.route);
+        let left = [Some(ifname), veth].contains(&Some(seen.route.dev.as_str())) && !claimed.contains(&seen.route.dst);
+        seen.ours() && seen.unicast && seen.route.table == TABLE_MAIN && (recorded || left)
+    };
+    let routes = observed.pod.routes.iter().filter(own);
+    changes.extend(routes.map(|seen| Change::DeleteRoute(Side::Pod, seen.route.clone())));
     let link = applied.veth.as_ref().and_then(|veth| observed.node.link(&veth.node)).filter(|link| link.is_veth());
     changes.extend(link.map(|link| Change::DeleteNodeLink(link.name.clone())));
     changes

@@ -6,8 +6,10 @@ use std::collections::BTreeSet;
 use crosslink_core::{
     destinations::Refusal,
     error::{Code, Error},
+    facts::PodFacts,
     finding::{Finding, Id},
     model::{Change, Side, Sysctl},
+    node::NodeFacts,
     plan::{Conflict, Context, Plan, describe, plan},
     record::{NetnsId, Pod, Record, State, VERSION, Wishes},
     wanted::Wanted,
@@ -91,6 +93,8 @@ pub struct Converge<'a> {
     pub findings: Vec<Finding>,
     /// What was done.
     pub work: Work,
+    /// Pod and node, as the last round found them.
+    pub facts: Option<(PodFacts, NodeFacts)>,
 }
 
 /// Called before each round of changes, with the record of what is about to be made. ADD writes it.
@@ -113,6 +117,7 @@ impl Converge<'_> {
             self.findings.append(&mut prepared.findings);
             let plan = self.plan(&mut prepared)?;
             let record = self.record(&prepared, &plan);
+            self.facts = Some((prepared.pod, prepared.node));
             before(&record, &mut self.findings)?;
             let applied = self.apply(&plan.changes, kernel);
             if applied.failures.is_empty() && applied.unknown.is_empty() {

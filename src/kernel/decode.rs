@@ -1,16 +1,17 @@
 //! Netlink answers to values of the model.
 //!
-//! Headers are parsed by netlink-packet-route; of the attributes only those that we use are looked at, with
-//! netlink-packet-core's iterator. Its full parsers fail a whole dump over one attribute of a shape that they do not
-//! expect, and somebody else's exotic link or route must never stop a pod.
+//! Only those attributes are looked at that we use. netlink-packet-route's full parsers fail a whole dump over one attribute
+//! of a shape that they do not expect, and somebody else's exotic link or route must never stop a pod.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crosslink_core::model::{Address, Family, Link, Neighbour, ObservedRoute, Route, Rule};
 use ipnet::IpNet;
-use netlink_packet_core::{NlaBuffer, NlasIterator};
 
 use crate::{error::Error, socket::Received};
+
+/// Flags in the kind of an attribute (`NLA_F_NESTED`, `NLA_F_NET_BYTEORDER`) cut off (linux/netlink.h).
+const NLA_TYPE_MASK: u16 = 0x3fff;
 
 /// Attributes of one message.
 struct Attributes<'a>(&'a [u8]);
@@ -22,26 +23,34 @@ impl<'a> Attributes<'a> {
         Self(payload.get(header.next_multiple_of(4)..).unwrap_or_default())
     }
 
-    fn iter(&self) -> impl Iterator<Item = NlaBuffer<&'a [u8]>> {
-        NlasIterator::new(self.0).map_while(Result::ok)
+    /// Attributes by kind and value, up to the first that does not fit (`struct nlattr`, linux/netlink.h: length with header,
+    /// kind, value, padding to four bytes). Not netlink-packet-core's iterator: dumps of a thousand routes are read for every
+    /// pod, and it takes most of the time of that.
+    fn iter(&self) -> impl Iterator<Item = (u16, &'a [u8])> {
+        let mut rest = self.0;
+        std::iter::from_fn(move || {
+            let [low, high, kind_low, kind_high, ..] = *rest else { return None };
+            let length = usize::from(u16::from_ne_bytes([low, high]));
+            let value = rest.get(4..length)?;
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+            Some((u16::from_ne_bytes([kind_low, kind_high]) & NLA_TYPE_MASK, value))
+        })
     }
 
-    fn bytes(&self, kind: u16) -> Option<Vec<u8>> {
-        self.iter().find(|nla| nla.kind() == kind).map(|nla| nla.value().to_vec())
+    fn value(&self, kind: u16) -> Option<&'a [u8]> {
+        self.iter().find(|(found, _)| *found == kind).map(|(_, value)| value)
     }
 
     fn u32(&self, kind: u16) -> Option<u32> {
-        let nla = self.iter().find(|nla| nla.kind() == kind)?;
-        Some(u32::from_ne_bytes(nla.value().get(..4)?.try_into().ok()?))
+        u32_at(self.value(kind)?, 0)
     }
 
     fn addr(&self, kind: u16) -> Option<IpAddr> {
-        addr(self.iter().find(|nla| nla.kind() == kind)?.value())
+        addr(self.value(kind)?)
     }
 
     fn text(&self, kind: u16) -> Option<String> {
-        let nla = self.iter().find(|nla| nla.kind() == kind)?;
-        let bytes: Vec<u8> = nla.value().iter().copied().take_while(|byte| *byte != 0).collect();
+        let bytes: Vec<u8> = self.value(kind)?.iter().copied().take_while(|byte| *byte != 0).collect();
         Some(String::from_utf8_lossy(&bytes).into_owned())
     }
 }
@@ -72,12 +81,12 @@ pub fn link(received: Received<'_>) -> Result<Link, Error> {
     let (index, flags) = (u32_at(received.payload, 4), u32_at(received.payload, 8));
     let (Some(index), Some(flags)) = (index, flags) else { return Err(odd("read an interface", "a short message")) };
     let attributes = Attributes::after(received.payload, HEADER);
-    let info = attributes.bytes(libc::IFLA_LINKINFO).unwrap_or_default();
+    let info = attributes.value(libc::IFLA_LINKINFO).unwrap_or_default();
     Ok(Link {
         index,
         name: attributes.text(libc::IFLA_IFNAME).ok_or_else(|| odd("read an interface", "no name"))?,
-        kind: Attributes(&info).text(libc::IFLA_INFO_KIND),
-        mac: attributes.bytes(libc::IFLA_ADDRESS).unwrap_or_default(),
+        kind: Attributes(info).text(libc::IFLA_INFO_KIND),
+        mac: attributes.value(libc::IFLA_ADDRESS).unwrap_or_default().to_vec(),
         mtu: attributes.u32(libc::IFLA_MTU).unwrap_or_default(),
         up: flags & libc::IFF_UP.cast_unsigned() != 0,
         loopback: flags & libc::IFF_LOOPBACK.cast_unsigned() != 0,
@@ -141,8 +150,8 @@ pub fn route(received: Received<'_>, names: Names<'_>) -> Option<ObservedRoute> 
         Family::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         Family::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
-    let metrics = attributes.bytes(libc::RTA_METRICS).unwrap_or_default();
-    let multipath = attributes.bytes(libc::RTA_MULTIPATH).map(|bytes| next_hops(&bytes)).unwrap_or_default();
+    let metrics = attributes.value(libc::RTA_METRICS).unwrap_or_default();
+    let multipath = attributes.value(libc::RTA_MULTIPATH).map(next_hops).unwrap_or_default();
     let (dev, via) = match multipath.first() {
         Some(first) => *first,
         None => (attributes.u32(libc::RTA_OIF), via(&attributes)),
@@ -154,7 +163,7 @@ pub fn route(received: Received<'_>, names: Names<'_>) -> Option<ObservedRoute> 
             dev: dev.map(names).unwrap_or_default(),
             via,
             src: attributes.addr(libc::RTA_PREFSRC),
-            mtu: Attributes(&metrics).u32(RTAX_MTU),
+            mtu: Attributes(metrics).u32(RTAX_MTU),
         },
         protocol: *protocol,
         metric: attributes.u32(libc::RTA_PRIORITY).unwrap_or(0),
@@ -169,7 +178,7 @@ const RTAX_MTU: u16 = 2;
 const RTA_VIA: u16 = 18;
 
 fn via(attributes: &Attributes<'_>) -> Option<IpAddr> {
-    attributes.addr(libc::RTA_GATEWAY).or_else(|| addr(attributes.bytes(RTA_VIA)?.get(2..)?))
+    attributes.addr(libc::RTA_GATEWAY).or_else(|| addr(attributes.value(RTA_VIA)?.get(2..)?))
 }
 
 /// `struct rtnexthop` list: index and gateway of each.
@@ -198,7 +207,7 @@ pub fn neighbour(received: Received<'_>, names: Names<'_>) -> Option<Neighbour> 
     Some(Neighbour {
         dev: names(index),
         ip: attributes.addr(libc::NDA_DST)?,
-        mac: attributes.bytes(libc::NDA_LLADDR)?.try_into().ok()?,
+        mac: attributes.value(libc::NDA_LLADDR)?.try_into().ok()?,
     })
 }
 
@@ -222,11 +231,11 @@ pub fn rule(received: Received<'_>) -> Option<Rule> {
     let plain_header = (*dst_len, *src_len, *tos, *action) == (0, 0, 0, FR_ACT_TO_TBL);
     let inverted = u32_at(received.payload, 8)? & FIB_RULE_INVERT != 0;
     let attributes = Attributes::after(received.payload, HEADER);
-    let selects = |nla: &NlaBuffer<&[u8]>| {
-        let none = SUPPRESSIONS.contains(&nla.kind()) && nla.value().iter().all(|byte| *byte == u8::MAX);
-        !(none || NEUTRAL.contains(&nla.kind()))
+    let selects = |(kind, value): (u16, &[u8])| {
+        let none = SUPPRESSIONS.contains(&kind) && value.iter().all(|byte| *byte == u8::MAX);
+        !(none || NEUTRAL.contains(&kind))
     };
-    if !plain_header || inverted || attributes.iter().any(|nla| selects(&nla)) {
+    if !plain_header || inverted || attributes.iter().any(selects) {
         return None;
     }
     let table = attributes.u32(FRA_TABLE).unwrap_or(u32::from(*table));

@@ -9,9 +9,20 @@ use std::{
 
 use serde_json::{Value, json};
 
-/// The plugin as cargo built it.
+/// The plugin as cargo built it. Tests of another package find it beside that package's program.
+///
+/// # Panics
+/// Where it has not been built.
 pub fn bin() -> PathBuf {
-    env!("CARGO_BIN_EXE_crosslink").into()
+    if let Some(own) = option_env!("CARGO_BIN_EXE_crosslink") {
+        return own.into();
+    }
+    let Some(agent) = option_env!("CARGO_BIN_EXE_crosslink-agent") else {
+        unreachable!("a test of the plugin or of the agent")
+    };
+    let bin = Path::new(agent).with_file_name("crosslink");
+    assert!(bin.exists(), "{} is missing: build it with cargo build -p crosslink", bin.display());
+    bin
 }
 
 /// Directory in which a runner finds `crosslink`.

@@ -1,13 +1,17 @@
 //! One attachment: from its record to its sandbox and back.
 
-use std::{collections::BTreeSet, os::unix::fs::MetadataExt, path::Path, time::Duration};
+use std::{collections::BTreeSet, os::unix::fs::MetadataExt, path::Path, sync::Arc, time::Duration};
 
 use crosslink_core::{
-    destinations::Refusal,
+    delta::{Delta, additions},
+    destinations::{self, Refusal},
+    facts::PodFacts,
     finding::Finding,
-    model::Sysctl,
+    model::{Change, Side, Sysctl},
     netconf::NetConf,
-    record::{Record, State, VERSION},
+    node::NodeFacts,
+    record::{NetnsId, Record, State, VERSION},
+    remotes::Merged,
     request::PodRequest,
     result::ResultIp,
     wanted::{Identity, Wanted},
@@ -54,6 +58,8 @@ pub struct InStep {
     pub stamp: Option<Stamp>,
     /// What the record notes.
     pub findings: Vec<Finding>,
+    /// What it takes to add routes quickly, where the agent's own files decide about it.
+    pub quick: Option<Arc<Quick>>,
     /// Why the record could not be written.
     pub unwritten: Option<String>,
 }
@@ -80,37 +86,6 @@ pub enum Outcome {
     Failed(String),
 }
 
-/// An attachment whose kernel state is done; the record may be still to be written, and the sandbox is locked till then.
-#[derive(Debug)]
-pub struct Synced {
-    outcome: Outcome,
-    write: Option<Box<(Record, Records)>>,
-    _lock: Option<System>,
-}
-
-impl Synced {
-    fn ended(outcome: Outcome) -> Self {
-        Self { outcome, write: None, _lock: None }
-    }
-
-    /// One that failed.
-    pub fn failed(why: String) -> Self {
-        Self::ended(Outcome::Failed(why))
-    }
-
-    /// Writes the record, if it is to be, and unlocks the sandbox.
-    pub fn finish(self) -> Outcome {
-        let Self { mut outcome, write, _lock } = self;
-        let (Some(write), Outcome::InStep(step)) = (write, &mut outcome) else { return outcome };
-        let (record, records) = *write;
-        match records.write(&record) {
-            Ok(()) => step.stamp = stamp(&records.path(&record.container_id, &record.ifname)),
-            Err(err) => step.unwritten = Some(err.to_string()),
-        }
-        outcome
-    }
-}
-
 /// Inode and time of a file.
 pub fn stamp(path: &Path) -> Option<Stamp> {
     let meta = std::fs::metadata(path).ok()?;
@@ -118,25 +93,25 @@ pub fn stamp(path: &Path) -> Option<Stamp> {
 }
 
 /// Brings one attachment in step. The calling thread may be left in the sandbox.
-pub fn sync(key: &Key, env: &Env<'_>) -> Synced {
+pub fn sync(key: &Key, env: &Env<'_>) -> Outcome {
     match try_sync(key, env) {
-        Ok(synced) => synced,
-        Err(KernelError::Locked { .. }) => Synced::ended(Outcome::Busy),
-        Err(err) => Synced::failed(err.to_string()),
+        Ok(outcome) => outcome,
+        Err(KernelError::Locked { .. }) => Outcome::Busy,
+        Err(err) => Outcome::Failed(err.to_string()),
     }
 }
 
-fn try_sync(key: &Key, env: &Env<'_>) -> Result<Synced, KernelError> {
+fn try_sync(key: &Key, env: &Env<'_>) -> Result<Outcome, KernelError> {
     let path = env.records.path(&key.container_id, &key.ifname);
     let before = stamp(&path);
     let mut record = match read(key, env) {
         Ok(record) => record,
-        Err(outcome) => return Ok(Synced::ended(outcome)),
+        Err(outcome) => return Ok(outcome),
     };
     let mut kernel = System::new()?;
     let id = match kernel.enter(&record.netns.path, LOCK_WAIT) {
         Ok(id) => id,
-        Err(err) if err.is_gone() => return gone(&record, &err, env, &mut kernel).map(Synced::ended),
+        Err(err) if err.is_gone() => return gone(&record, &err, env, &mut kernel),
         Err(err) => return Err(err),
     };
     // What counts is what is there under the lock.
@@ -144,17 +119,17 @@ fn try_sync(key: &Key, env: &Env<'_>) -> Result<Synced, KernelError> {
     if now != before {
         record = match read(key, env) {
             Ok(record) => record,
-            Err(outcome) => return Ok(Synced::ended(outcome)),
+            Err(outcome) => return Ok(outcome),
         };
     }
     if !record.netns.same(&id) {
         // Another sandbox took the path.
         let why = KernelError::NotNetns(record.netns.path.clone());
-        return gone(&record, &why, env, &mut kernel).map(Synced::ended);
+        return gone(&record, &why, env, &mut kernel);
     }
     // An ADD that was killed: the runtime deletes or repeats it, and the plugin knows how far it came.
     if record.state == State::Adding {
-        return Ok(Synced::ended(Outcome::NotOurs));
+        return Ok(Outcome::NotOurs);
     }
     let number = kernel.number()?;
     let step = InStep { number, stamp: now, ..InStep::default() };
@@ -194,27 +169,17 @@ fn essence(record: &Record) -> Essence<'_> {
     (&record.applied, &record.saved, &record.findings, record.state)
 }
 
-fn converge(record: Record, mut step: InStep, env: &Env<'_>, mut kernel: System) -> Synced {
-    let (conf, request): (NetConf, PodRequest) = record.wishes.inputs();
-    let ips: Vec<ResultIp> = record.wishes.ips.iter().map(|&(addr, gateway)| ResultIp { addr, gateway }).collect();
+fn converge(record: Record, mut step: InStep, env: &Env<'_>, mut kernel: System) -> Outcome {
     let other = (record.wishes.remotes_dir != env.remotes_dir || record.wishes.node_file != env.node_file)
         .then(|| Inputs::read(&record.wishes.remotes_dir, &record.wishes.node_file));
     let inputs = other.as_ref().unwrap_or(env.inputs);
-    let (container_id, ifname) = (record.container_id.clone(), record.ifname.clone());
+    let asked = Asked::of(&record);
     let (network, pod, id) = (record.network.clone(), record.pod.clone(), record.netns.clone());
-    let attachment = Attachment {
-        identity: Identity { container_id: &container_id, ifname: &ifname },
-        conf: &conf,
-        request: &request,
-        ips: &ips,
-        remotes: &inputs.merged,
-        node: &inputs.node,
-        refusal: Refusal::Finding,
-    };
-    let mut work = Work::new(env.records.clone(), &container_id, &ifname);
+    let mut work = Work::new(env.records.clone(), &record.container_id, &record.ifname);
     work.previous = Some(record);
+    let attachment = asked.attachment(inputs);
     let findings = inputs.findings();
-    let mut converge = Converge { attachment, id, network: &network, pod, findings, work };
+    let mut converge = Converge { attachment, id: id.clone(), network: &network, pod, findings, work, facts: None };
     let made = converge.run(&mut kernel, &mut |_, _| Ok(()));
     step.changes = converge.work.done.len();
     let mut made = match made {
@@ -223,15 +188,90 @@ fn converge(record: Record, mut step: InStep, env: &Env<'_>, mut kernel: System)
             if step.changes > 0 {
                 converge.work.undo(&mut kernel);
             }
-            return Synced::failed(err.msg);
+            return Outcome::Failed(err.msg);
         }
     };
     made.set_findings(&converge.findings);
     step.routes = made.applied.pod_routes.len();
-    step.findings.clone_from(&made.findings);
-    let same = converge.work.previous.as_ref().is_some_and(|previous| essence(previous) == essence(&made));
-    let write = (!same).then(|| Box::new((made, env.records.clone())));
-    Synced { outcome: Outcome::InStep(step), write, _lock: Some(kernel) }
+    let Converge { work, facts, .. } = converge;
+    if work.previous.as_ref().is_none_or(|previous| essence(previous) != essence(&made)) {
+        match env.records.write(&made) {
+            Ok(()) => step.stamp = stamp(&env.records.path(&made.container_id, &made.ifname)),
+            Err(err) => step.unwritten = Some(err.to_string()),
+        }
+    }
+    step.findings = made.findings;
+    if other.is_none() {
+        step.quick = facts.map(|(pod, node)| Arc::new(Quick { asked, id, pod, node }));
+    }
+    Outcome::InStep(step)
+}
+
+/// What an attachment asks for, owned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked {
+    container_id: String,
+    ifname: String,
+    conf: NetConf,
+    request: PodRequest,
+    ips: Vec<ResultIp>,
+}
+
+impl Asked {
+    fn of(record: &Record) -> Self {
+        let (conf, request) = record.wishes.inputs();
+        let ips = record.wishes.ips.iter().map(|&(addr, gateway)| ResultIp { addr, gateway }).collect();
+        Self { container_id: record.container_id.clone(), ifname: record.ifname.clone(), conf, request, ips }
+    }
+
+    fn identity(&self) -> Identity<'_> {
+        Identity { container_id: &self.container_id, ifname: &self.ifname }
+    }
+
+    fn attachment<'a>(&'a self, inputs: &'a Inputs) -> Attachment<'a> {
+        Attachment {
+            identity: self.identity(),
+            conf: &self.conf,
+            request: &self.request,
+            ips: &self.ips,
+            remotes: &inputs.merged,
+            node: &inputs.node,
+            refusal: Refusal::Finding,
+        }
+    }
+}
+
+/// What it takes to add routes to an attachment that was in step a moment ago, without looking at it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Quick {
+    asked: Asked,
+    id: NetnsId,
+    pod: PodFacts,
+    node: NodeFacts,
+}
+
+/// Adds what a change of remotes brings, at once and unseen. What is in the way of a route keeps its place, and whatever goes
+/// wrong is left to the thorough pass that follows; that also writes the record. Returns how many routes were added.
+pub fn add_quickly(quick: &Quick, merged: &Merged, delta: &Delta) -> usize {
+    let Quick { asked, id, pod, node } = quick;
+    let inputs = destinations::Inputs {
+        conf: &asked.conf,
+        request: &asked.request,
+        remotes: merged,
+        node,
+        pod,
+        refusal: Refusal::Finding,
+    };
+    let routes = additions(asked.identity(), inputs, delta).unwrap_or_default();
+    if routes.is_empty() {
+        return 0;
+    }
+    let changes: Vec<Change> = routes.into_iter().map(|route| Change::AddRoute(Side::Pod, route)).collect();
+    let added = System::new().and_then(|mut kernel| {
+        let now = kernel.enter(&id.path, Duration::ZERO)?;
+        Ok(if now.same(id) { kernel.apply(&changes).done.len() } else { 0 })
+    });
+    added.unwrap_or_default()
 }
 
 /// Findings of many attachments, each once, with how many have it.

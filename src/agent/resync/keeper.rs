@@ -8,8 +8,10 @@ use std::{
 };
 
 use crosslink_core::{
+    delta::Delta,
     finding::{Finding, Id},
     record::parse_file_name,
+    remotes::Merged,
 };
 use crosslink_kernel::records::Records;
 use tokio::sync::watch;
@@ -18,7 +20,7 @@ use crate::{board::Board, context::Context, inputs::Inputs};
 
 use super::{
     Metrics, PART,
-    attachment::{Env, InStep, Outcome, stamp, tally},
+    attachment::{Env, InStep, Outcome, Quick, add_quickly, stamp, sync, tally},
     pass::{self, Key, Which},
     propagation::Propagation,
 };
@@ -41,6 +43,10 @@ pub struct Keeper {
     inputs: watch::Receiver<Arc<Inputs>>,
     metrics: Metrics,
     known: BTreeMap<Key, Outcome>,
+    /// Remotes as all attachments know them, but for [`Keeper::owed`].
+    merged: Merged,
+    /// Attachments that a pass did not come to.
+    owed: BTreeSet<Key>,
 }
 
 impl Keeper {
@@ -55,7 +61,14 @@ impl Keeper {
             inputs,
             metrics,
             known: BTreeMap::new(),
+            merged: Merged::default(),
+            owed: BTreeSet::new(),
         }
+    }
+
+    /// Whether remotes changed while a pass was under way.
+    pub fn is_behind(&self) -> bool {
+        self.inputs.has_changed().unwrap_or(false)
     }
 
     /// The attachments in the sandbox of a number.
@@ -75,17 +88,37 @@ impl Keeper {
         }
     }
 
+    /// Adds what is new in the remotes to all attachments at once; the thorough pass comes after it.
+    fn hurry(&mut self, inputs: &Inputs, started: Instant) {
+        let before = std::mem::replace(&mut self.merged, inputs.merged.clone());
+        let Some(delta) = Delta::between(&before, &self.merged) else { return };
+        let quick: Vec<Arc<Quick>> = self.steps().filter_map(|step| step.quick.clone()).collect();
+        let added = pass::run(&quick, &|| false, &|quick| Some(add_quickly(quick, &inputs.merged, &delta)));
+        let added: usize = added.into_iter().filter_map(|(_, added)| added).sum();
+        if added > 0 {
+            self.metrics.seconds.iter().for_each(|histogram| histogram.observe(started.elapsed().as_secs_f64()));
+            self.metrics.changes.inc_by(u64::try_from(added).unwrap_or_default());
+            let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+            tracing::info!(routes = added, pods = quick.len(), micros, "new remote CIDRs are in running pods");
+        }
+    }
+
     /// Brings attachments in step.
     pub fn pass(&mut self, which: &Which) -> Passed {
         let started = Instant::now();
-        let inputs = self.inputs.borrow().clone();
+        let inputs = self.inputs.borrow_and_update().clone();
+        self.hurry(&inputs, started);
         let propagation = Propagation::read();
         let all = self.keys();
-        let keys: Vec<Key> = match which {
-            Which::All => all.iter().cloned().collect(),
-            Which::Some(some) => some.intersection(&all).cloned().collect(),
-        };
         self.known.retain(|key, _| all.contains(key));
+        self.owed.retain(|key| all.contains(key));
+        let chosen = match which {
+            Which::All => &all,
+            Which::Some(some) => some,
+        };
+        // Those that were left when the last pass made way for a new change come first.
+        let rest = chosen.iter().filter(|key| all.contains(key) && !self.owed.contains(key));
+        let keys: Vec<Key> = self.owed.iter().chain(rest).cloned().collect();
         let env = Env {
             records: &self.records,
             inputs: &inputs,
@@ -93,16 +126,20 @@ impl Keeper {
             node_file: &self.node_file,
             propagation: &propagation,
         };
-        let seconds = self.metrics.seconds.clone();
-        let outcomes = pass::run(keys, &env, || {
-            seconds.iter().for_each(|histogram| histogram.observe(started.elapsed().as_secs_f64()));
-        });
+        let newer = |receiver: &watch::Receiver<Arc<Inputs>>| receiver.has_changed().unwrap_or(false);
+        let outcomes = pass::run(&keys, &|| newer(&self.inputs), &|key| Some(sync(key, &env)));
         self.metrics.passes.inc();
-        for (key, outcome) in outcomes {
-            self.take(key, outcome);
+        self.owed = keys.iter().cloned().collect();
+        for (place, outcome) in outcomes {
+            let Some(key) = keys.get(place) else { continue };
+            self.owed.remove(key);
+            self.take(
+                key.clone(),
+                outcome.unwrap_or_else(|| Outcome::Failed("internal error; see the log".to_owned())),
+            );
         }
         self.report(started);
-        Passed { again: self.known.values().any(is_unsettled) }
+        Passed { again: !self.owed.is_empty() || self.known.values().any(is_unsettled) }
     }
 
     fn keys(&self) -> BTreeSet<Key> {
@@ -176,9 +213,9 @@ impl Keeper {
 /// Whether another try soon may do better.
 const fn is_unsettled(outcome: &Outcome) -> bool {
     match outcome {
-        Outcome::Busy | Outcome::Failed(_) => true,
+        Outcome::Busy | Outcome::Failed(_) | Outcome::Hidden(_) => true,
         Outcome::InStep(step) => step.unwritten.is_some(),
-        Outcome::NotOurs | Outcome::Collected | Outcome::Hidden(_) | Outcome::Newer(_) => false,
+        Outcome::NotOurs | Outcome::Collected | Outcome::Newer(_) => false,
     }
 }
 

@@ -73,7 +73,11 @@ impl Metrics {
             registry.register("resync_collected", "Records of gone sandboxes removed", metrics.collected.clone());
             registry.register("attachments", "Recorded attachments", metrics.attachments.clone());
             registry.register("pod_routes", "Routes in sandboxes", metrics.routes.clone());
-            registry.register("resync_seconds", "Time until the kernels of all pods of a pass had everything", seconds);
+            registry.register(
+                "resync_seconds",
+                "Time from a change of remotes until the kernels of all pods had its routes",
+                seconds,
+            );
         });
         metrics
     }
@@ -94,7 +98,6 @@ pub async fn run(context: Context) -> anyhow::Result<()> {
     let (sender, mut events) = mpsc::channel(EVENTS);
     watch::start(&context, &sender);
     let mut inputs = inputs::watch(&context);
-    inputs.mark_unchanged();
     let mut keeper = Keeper::new(&context, inputs.clone(), Metrics::new(&context));
     let period = Duration::from_secs(context.settings.resync_interval_seconds);
     let mut due = Due { which: Which::All, again: Instant::now() + period };
@@ -107,6 +110,11 @@ pub async fn run(context: Context) -> anyhow::Result<()> {
         .await?;
         let again = if outcome.again { RETRY } else { period };
         due.again = Instant::now() + again;
+        inputs.mark_unchanged();
+        if keeper.is_behind() {
+            due.which = Which::All;
+            continue;
+        }
         due.which = tokio::select! {
             biased;
             () = context.stop.cancelled() => return Ok(()),

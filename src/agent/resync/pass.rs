@@ -1,7 +1,7 @@
 //! One pass: the chosen attachments, each in a thread of its own, a few at a time.
 //!
 //! A thread that entered a sandbox stays there and ends; the next one starts on the node. That costs some 30 µs and leaves
-//! nothing to go wrong. Records are written when all kernels have their routes: traffic comes first.
+//! nothing to go wrong.
 
 use std::{
     collections::BTreeSet,
@@ -11,8 +11,6 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
 };
-
-use super::attachment::{Env, Outcome, Synced, sync};
 
 /// An attachment.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,29 +30,28 @@ pub enum Which {
     Some(BTreeSet<Key>),
 }
 
-/// Brings attachments in step. `applied` is called when all kernels have everything, before the records are written.
-pub fn run(keys: Vec<Key>, env: &Env<'_>, applied: impl FnOnce()) -> Vec<(Key, Outcome)> {
+/// Does something for each item, in the order of the list, until `stop` says that something else is due. Returns what was
+/// done, by place.
+pub fn run<T: Sync, O: Send>(
+    items: &[T],
+    stop: &(dyn Fn() -> bool + Sync),
+    work: &(dyn Fn(&T) -> Option<O> + Sync),
+) -> Vec<(usize, Option<O>)> {
+    // One more than cores: some wait for the kernel's network lock.
     let parallel = std::thread::available_parallelism().map_or(2, NonZeroUsize::get).saturating_add(1).min(16);
     let next = AtomicUsize::new(0);
-    let done: Mutex<Vec<(usize, Synced)>> = Mutex::new(Vec::with_capacity(keys.len()));
+    let done = Mutex::new(Vec::with_capacity(items.len()));
     std::thread::scope(|scope| {
-        for _ in 0..parallel.min(keys.len()) {
+        for _ in 0..parallel.min(items.len()) {
             scope.spawn(|| {
-                while let Some((place, key)) = take(&next, &keys) {
-                    let synced = std::thread::scope(|own| own.spawn(|| sync(key, env)).join());
-                    let synced = synced.unwrap_or_else(|_| Synced::failed("internal error: see the log".to_owned()));
-                    done.lock().unwrap_or_else(PoisonError::into_inner).push((place, synced));
+                let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|_| !stop());
+                while let Some((place, item)) = take().and_then(|place| Some((place, items.get(place)?))) {
+                    // A panic is logged by its hook, and is this item's alone.
+                    let outcome = std::thread::scope(|own| own.spawn(|| work(item)).join()).unwrap_or_default();
+                    done.lock().unwrap_or_else(PoisonError::into_inner).push((place, outcome));
                 }
             });
         }
     });
-    applied();
-    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
-    done.sort_by_key(|(place, _)| *place);
-    keys.into_iter().zip(done).map(|(key, (_, synced))| (key, synced.finish())).collect()
-}
-
-fn take<'k>(next: &AtomicUsize, keys: &'k [Key]) -> Option<(usize, &'k Key)> {
-    let place = next.fetch_add(1, Ordering::Relaxed);
-    keys.get(place).map(|key| (place, key))
+    done.into_inner().unwrap_or_else(PoisonError::into_inner)
 }

@@ -7,6 +7,7 @@
     reason = "a builder that cannot go on fails the test"
 )]
 
+mod delta_props;
 mod kernel;
 mod plan;
 mod plan_props;

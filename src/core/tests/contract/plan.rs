@@ -6,7 +6,7 @@ use crosslink_core::{
     facts::Attached,
     model::{Change, Link, Observed, ObservedRoute, Route, Rule, Side, Sysctl},
     numbers::{PROTOCOL, TABLE_PODS},
-    plan::{Context, Plan, drift, plan, teardown, teardown_unrecorded},
+    plan::{Context, Plan, drift, plan, teardown_unrecorded},
     wanted::Wanted,
 };
 use ipnet::IpNet;
@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::{
     kernel::Kernel,
-    support::{BOTH, World, addr, foreign, net, untouched},
+    support::{BOTH, World, addr, foreign, net, torn_down, untouched},
 };
 
 const CIDRS: [&str; 4] = ["10.50.0.0/16", "10.51.0.0/16", "fd50::/64", "fd51::/64"];
@@ -143,7 +143,7 @@ fn foreign_routes_are_conflicts_and_never_touched() {
         assert!(again.changes.is_empty() && again.conflicts.len() == 1);
         let lines = drifted(&wanted, &kernel.seen);
         assert!(lines.len() == 1 && lines[0].contains(cidr), "{lines:?}");
-        kernel.apply(&teardown(&wanted, &[], &kernel.seen)).unwrap();
+        kernel.apply(&torn_down(&wanted, &[], &kernel.seen)).unwrap();
         assert!(kernel.seen.pod.routes.contains(&other), "DEL touched {other:?}");
     }
 }
@@ -159,7 +159,7 @@ fn other_tables_are_left_alone() {
         let wanted = wanted(attached, &CIDRS, None);
         assert!(add(&mut kernel, &wanted, None).conflicts.is_empty());
         assert_settled(&kernel, &wanted, "another table");
-        kernel.apply(&teardown(&wanted, &[], &kernel.seen)).unwrap();
+        kernel.apply(&torn_down(&wanted, &[], &kernel.seen)).unwrap();
         assert!(kernel.seen.pod.routes.contains(&other));
     }
 }
@@ -176,7 +176,7 @@ fn an_identical_foreign_route_is_left_and_noted() {
         assert_eq!(plan.identical, [route]);
         assert!(plan.conflicts.is_empty() && ours(&kernel).len() == 3);
         assert_eq!(drifted(&wanted, &kernel.seen), Vec::<String>::new());
-        kernel.apply(&teardown(&wanted, &[], &kernel.seen)).unwrap();
+        kernel.apply(&torn_down(&wanted, &[], &kernel.seen)).unwrap();
         assert!(kernel.seen.pod.routes.contains(&twin) && ours(&kernel).is_empty());
     }
 }
@@ -234,12 +234,12 @@ fn teardown_gives_back_the_state_before() {
         let plan = add(&mut kernel, &wanted, None);
         let saved = saved(&wanted, &plan);
         assert_eq!(saved.len(), usize::from(attached == Attached::Underlay), "what ADD changed on eth0: {saved:?}");
-        kernel.apply(&teardown(&wanted, &saved, &kernel.seen)).unwrap();
+        kernel.apply(&torn_down(&wanted, &saved, &kernel.seen)).unwrap();
         assert_eq!(kernel.snapshot(), before, "{attached:?}");
         assert_eq!(kernel.seen.node.rules.is_empty(), attached == Attached::Overlay, "the rules stay for ever");
         // Repeated, or with nothing there at all.
-        assert!(teardown(&wanted, &saved, &kernel.seen).is_empty());
-        assert!(teardown(&wanted, &saved, &Observed::default()).is_empty());
+        assert!(torn_down(&wanted, &saved, &kernel.seen).is_empty());
+        assert!(torn_down(&wanted, &saved, &Observed::default()).is_empty());
     }
 }
 
@@ -249,7 +249,7 @@ fn teardown_removes_only_what_still_is_ours() {
     let old =
         |value: &str| Sysctl { side: Side::Pod, key: "ipv4/conf/eth0/rp_filter".to_owned(), value: value.to_owned() };
     let restores = |kernel: &Kernel, saved: Sysctl| {
-        teardown(&wanted, &[saved], &kernel.seen).iter().any(|change| matches!(change, Change::SetSysctl(..)))
+        torn_down(&wanted, &[saved], &kernel.seen).iter().any(|change| matches!(change, Change::SetSysctl(..)))
     };
     assert!(restores(&kernel, old("1")));
     // Somebody has changed it since: theirs stays.
@@ -260,7 +260,7 @@ fn teardown_removes_only_what_still_is_ours() {
     let place = kernel.seen.pod.routes.iter().position(|seen| seen.ours()).unwrap();
     kernel.seen.pod.routes[place].protocol = 3;
     let taken = kernel.seen.pod.routes[place].clone();
-    kernel.apply(&teardown(&wanted, &[], &kernel.seen)).unwrap();
+    kernel.apply(&torn_down(&wanted, &[], &kernel.seen)).unwrap();
     assert!(kernel.seen.pod.routes.contains(&taken) && ours(&kernel).is_empty());
 }
 

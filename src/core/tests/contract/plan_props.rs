@@ -8,7 +8,7 @@ use crosslink_core::{
     facts::Attached,
     model::{ObservedRoute, Side},
     numbers::PROTOCOL,
-    plan::{Context, Plan, drift, plan, teardown},
+    plan::{Context, Plan, drift, plan},
     wanted::{Wanted, wanted},
 };
 use ipnet::IpNet;
@@ -17,7 +17,7 @@ use proptest::{collection::vec, prelude::*};
 use crate::{
     kernel::{Kernel, metric},
     plan::saved,
-    support::{IDENTITY, World, net, untouched},
+    support::{IDENTITY, World, net, torn_down, untouched},
 };
 
 /// Prefixes that nest and repeat, of both families.
@@ -166,7 +166,7 @@ proptest! {
             kept.extend(saved(&wanted, &plan));
             previous = Some(wanted);
         }
-        kernel.apply(&teardown(&previous.unwrap(), &kept, &kernel.seen)).unwrap();
+        kernel.apply(&torn_down(&previous.unwrap(), &kept, &kernel.seen)).unwrap();
         prop_assert_eq!(not_ours(&kernel, &claimed), strangers);
         prop_assert_eq!(kernel.snapshot(), untouched);
         prop_assert_eq!(kernel.moot, 0);

@@ -71,7 +71,7 @@ fn conf() -> impl Strategy<Value = (NetConf, PodRequest)> {
     })
 }
 
-fn merged() -> impl Strategy<Value = Merged> {
+pub fn merged() -> impl Strategy<Value = Merged> {
     [prefixes(5), prefixes(4), prefixes(3)].prop_map(|lists| {
         let mut taken = BTreeSet::new();
         let clusters = CLUSTERS.iter().zip(lists).map(|((name, mtu), nets)| {
@@ -104,7 +104,7 @@ fn pod() -> impl Strategy<Value = PodFacts> {
     })
 }
 
-fn world() -> impl Strategy<Value = Ready> {
+pub fn world() -> impl Strategy<Value = Ready> {
     (conf(), merged(), node(), pod()).prop_map(|((conf, request), remotes, node, pod)| Ready {
         conf,
         request,

@@ -1,16 +1,17 @@
 //! Builders: a node, a pod and what is asked for, read from the texts that people and runtimes write.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use crosslink_core::{
     destinations::{self, Destination, Destinations, Inputs, Refusal},
     error::Error,
     facts::{Attached, NextHop, PodAddress, PodFacts},
     finding::{Finding, Id},
-    model::{Address, Family, Link, NetnsState, Observed, ObservedRoute, Route},
+    model::{Address, Change, Family, Link, NetnsState, Observed, ObservedRoute, Route, Sysctl},
     netconf::{self, NetConf, RawConf, Strictness},
     node::{self, NodeFacts},
     numbers::TABLE_MAIN,
+    plan::{Recorded, teardown},
     remotes::{self, Merged, RemotesFile},
     request::{self, ANNOTATIONS_CAPABILITY, PodRequest},
     wanted::{self, Identity, Wanted},
@@ -233,4 +234,9 @@ pub fn untouched() -> Observed {
         ..NetnsState::default()
     };
     Observed { pod, node }
+}
+
+/// What DEL of an attachment alone in its sandbox does.
+pub fn torn_down(applied: &Wanted, saved: &[Sysctl], observed: &Observed) -> Vec<Change> {
+    teardown(Recorded { ifname: IDENTITY.ifname, applied, saved }, observed, &BTreeSet::new())
 }
