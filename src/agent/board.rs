@@ -13,6 +13,9 @@ use tokio::sync::{mpsc, watch};
 /// Most events that wait to be sent; more are dropped, since each is also a log line.
 const EVENTS: usize = 256;
 
+/// Text of a part that has not said anything of itself yet.
+pub const STARTING: &str = "starting";
+
 /// Health of one part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -102,7 +105,7 @@ impl Board {
 
     /// Says that a part which readiness depends on is not there yet.
     pub fn expect(&self, part: &str) {
-        self.health(part, Health { ok: false, required: true, text: "starting".to_owned() });
+        self.health(part, Health { ok: false, required: true, text: STARTING.to_owned() });
     }
 
     /// Says that a part is well.
@@ -121,7 +124,7 @@ impl Board {
         self.change(|snapshot| {
             let before = snapshot.parts.insert(part.to_owned(), health.clone());
             let changed = before.as_ref() != Some(&health);
-            if changed && !health.ok && health.text != "starting" {
+            if changed && !health.ok && health.text != STARTING {
                 tracing::warn!(part, "{}", health.text);
             } else if changed && before.is_some() && health.ok {
                 tracing::info!(part, "is well");

@@ -31,6 +31,8 @@ const LOOK_BLIND: Duration = Duration::from_secs(1);
 /// Remotes files and `node.json`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Inputs {
+    /// Counts the states that were told, from 1.
+    pub generation: u64,
     /// The remotes files.
     pub remotes: Remotes,
     /// The same, merged.
@@ -47,7 +49,7 @@ impl Inputs {
         let (node, node_finding) = files::read_node(node_file);
         let remotes = files::read_remotes(remotes_dir);
         let merged = merge(&remotes.files, node.cluster_name.as_deref());
-        Self { remotes, merged, node, node_finding }
+        Self { generation: 1, remotes, merged, node, node_finding }
     }
 
     /// What was refused or contested, in the order in which ADD notes it.
@@ -92,10 +94,12 @@ fn start(settings: &Settings, board: Board) -> watch::Receiver<Arc<Inputs>> {
     std::thread::spawn(move || {
         while !sender.is_closed() {
             wait(&mut dirs);
-            let now = Inputs::read(&remotes, &node).stand_in(&sender.borrow());
+            let mut now = Inputs::read(&remotes, &node).stand_in(&sender.borrow());
             let changed = sender.send_if_modified(|before| {
+                now.generation = before.generation;
                 let changed = **before != now;
                 if changed {
+                    now.generation = before.generation.wrapping_add(1);
                     *before = Arc::new(now);
                 }
                 changed
@@ -111,7 +115,9 @@ fn start(settings: &Settings, board: Board) -> watch::Receiver<Arc<Inputs>> {
 fn report(board: &Board, inputs: &Inputs) {
     board.findings("inputs", inputs.findings());
     let routes: usize = inputs.merged.clusters.values().map(|cluster| cluster.cidrs.len()).sum();
-    board.facts("inputs", serde_json::json!({ "clusters": inputs.merged.clusters.len(), "cidrs": routes }));
+    let clusters = inputs.merged.clusters.len();
+    board
+        .facts("inputs", serde_json::json!({ "generation": inputs.generation, "clusters": clusters, "cidrs": routes }));
 }
 
 /// Returns when something may have changed.

@@ -8,12 +8,14 @@
 pub mod api;
 pub mod app;
 pub mod args;
+pub mod backoff;
 pub mod board;
 pub mod context;
 mod dirs;
 pub mod facts;
 pub mod inputs;
 pub mod install;
+mod kube_error;
 mod logging;
 pub mod resync;
 pub mod settings;

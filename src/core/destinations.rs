@@ -130,9 +130,7 @@ struct Guard {
 impl Guard {
     fn new(inputs: Inputs<'_>) -> Self {
         let Inputs { conf, remotes, node, pod, .. } = inputs;
-        let local_cidrs = || [&node.pod_cidrs, &node.service_cidrs, &node.node_cidrs].into_iter().flatten().copied();
-        let hosts = node.addresses.iter().map(|addr| host(*addr));
-        let local = pod.connected.iter().copied().chain(local_cidrs()).chain(hosts).collect();
+        let local = pod.connected.iter().copied().chain(node.local()).collect();
         let granted: CidrSet = conf.hijack_cidr.iter().chain(&conf.annotation_cidrs).copied().collect();
         let annotatable = (pod.attached == Attached::Underlay).then(|| {
             let remote = remotes.clusters.values().flat_map(|cluster| cluster.cidrs.keys().copied());

@@ -136,6 +136,9 @@ findings! {
     CniMode = "XL-CNI-MODE", Info,
         "The mode of installation that was asked for does not suit this runtime or main CNI; another one is used, or none",
         "Set cniMode to what the message says";
+    CniWatch = "XL-CNI-WATCH", Warning,
+        "The CNI's directories cannot be watched; they are read every two seconds instead",
+        "Raise the sysctls fs.inotify.max_user_watches and fs.inotify.max_user_instances";
     Source = "XL-SOURCE", Warning,
         "A source of remote CIDRs cannot be read; what it said last stays in force",
         "Mend what the message names";

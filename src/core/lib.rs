@@ -14,6 +14,7 @@
 //! No I/O here: `crosslink-kernel` observes and applies.
 
 pub mod cidr;
+pub mod conflist;
 pub mod delta;
 pub mod destinations;
 pub mod error;
@@ -22,6 +23,7 @@ pub mod finding;
 pub mod json;
 pub mod model;
 pub mod netconf;
+pub mod nft;
 pub mod node;
 pub mod numbers;
 pub mod plan;
@@ -31,4 +33,6 @@ pub mod request;
 pub mod result;
 pub mod select;
 pub mod set;
+pub mod sysctls;
+pub mod traffic;
 pub mod wanted;

@@ -3,14 +3,17 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::{
     cidr,
+    finding::{Finding, Id},
     json::Object,
     model::{Family, Link, NetnsState},
     numbers::{NODE_ADDRESS_LIMIT, TABLE_MAIN, VethNames},
-    remotes::VERSION,
+    remotes::{Merged, VERSION},
+    set::CidrSet,
 };
 
 #[derive(Deserialize)]
@@ -28,25 +31,54 @@ struct RawNode {
     service_cidrs: Option<Vec<String>>,
     #[serde(default, rename = "nodeCIDRs")]
     node_cidrs: Option<Vec<String>>,
+    #[serde(default, rename = "ownPodCIDRs")]
+    own_pod_cidrs: Option<Vec<String>>,
+    #[serde(default)]
+    masquerade: Option<Value>,
 }
 
 const fn first_version() -> u64 {
     1
 }
 
-/// Facts about this node; every one may be missing.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// What the agent puts into `writtenBy`. A file without it is somebody else's, and the agent leaves it alone.
+pub const WRITER: &str = "crosslink-agent";
+
+/// How the main CNI hides pods behind the node's address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Masquerade {
+    /// By rules of netfilter (iptables, nftables), which come after ours.
+    Netfilter,
+    /// By BPF programs, which netfilter never sees.
+    Bpf,
+}
+
+/// Facts about this node; every one may be missing. Serialised, they are fields of `node.json`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct NodeFacts {
     /// Name of the own cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster_name: Option<String>,
     /// Node addresses; the first of each family is the primary one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<IpAddr>,
     /// Pod CIDRs of the own cluster.
+    #[serde(rename = "podCIDRs", skip_serializing_if = "Vec::is_empty")]
     pub pod_cidrs: Vec<IpNet>,
     /// Service CIDRs of the own cluster.
+    #[serde(rename = "serviceCIDRs", skip_serializing_if = "Vec::is_empty")]
     pub service_cidrs: Vec<IpNet>,
     /// Subnets of the own cluster's nodes.
+    #[serde(rename = "nodeCIDRs", skip_serializing_if = "Vec::is_empty")]
     pub node_cidrs: Vec<IpNet>,
+    /// This node's own share of the pod CIDRs.
+    #[serde(rename = "ownPodCIDRs", skip_serializing_if = "Vec::is_empty")]
+    pub own_pod_cidrs: Vec<IpNet>,
+    /// How the main CNI masquerades, where it is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub masquerade: Option<Masquerade>,
 }
 
 impl NodeFacts {
@@ -54,6 +86,57 @@ impl NodeFacts {
     pub fn primary(&self, family: Family) -> Option<IpAddr> {
         self.addresses.iter().copied().find(|addr| Family::of(*addr) == family)
     }
+
+    /// Everything that is local on this node, so that no remote CIDR may equal it or lie inside.
+    pub fn local(&self) -> impl Iterator<Item = IpNet> {
+        let cidrs = [&self.pod_cidrs, &self.service_cidrs, &self.node_cidrs].into_iter().flatten().copied();
+        cidrs.chain(self.addresses.iter().map(|addr| cidr::host(*addr)))
+    }
+
+    /// Remote CIDRs that no pod of this node is given a route to, since they equal a local prefix or lie inside local
+    /// ones. Those that cover local ones are fine: the local one is longer and wins.
+    pub fn refuses(&self, remotes: &Merged) -> Vec<Finding> {
+        let local: CidrSet = self.local().collect();
+        let mut findings = Vec::new();
+        for (name, cluster) in &remotes.clusters {
+            for (net, sources) in cluster.cidrs.iter().filter(|(net, _)| local.contains(net)) {
+                let sources = sources.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+                let what = match local.covering(net) {
+                    Some(cover) if cover == *net => "is local here".to_owned(),
+                    Some(cover) => format!("lies inside {cover}, which is local here"),
+                    None => "lies inside prefixes that are local here".to_owned(),
+                };
+                let text = format!("{net} of cluster {name} (source {sources}) {what}");
+                findings.push(Finding::new(Id::CidrLocal, text));
+            }
+        }
+        findings
+    }
+}
+
+/// The text of a `node.json` of the agent's.
+pub fn write(facts: &NodeFacts) -> String {
+    #[derive(Serialize)]
+    #[serde(rename_all = "camelCase")]
+    struct File<'a> {
+        version: u64,
+        written_by: &'a str,
+        #[serde(flatten)]
+        facts: &'a NodeFacts,
+    }
+    // Names and addresses only: nothing in it can fail to be written.
+    let text = serde_json::to_string_pretty(&File { version: VERSION, written_by: WRITER, facts });
+    text.map(|text| text + "\n").unwrap_or_default()
+}
+
+/// Whether a text is a `node.json` that the agent wrote.
+pub fn is_agents(text: &str) -> bool {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Raw {
+        written_by: Option<String>,
+    }
+    serde_json::from_str::<Raw>(text).is_ok_and(|raw| raw.written_by.as_deref() == Some(WRITER))
 }
 
 /// Parses `node.json`. Unknown fields are ignored.
@@ -78,6 +161,9 @@ pub fn parse(text: &str) -> Result<NodeFacts, String> {
         pod_cidrs: cidrs("podCIDRs", raw.pod_cidrs)?,
         service_cidrs: cidrs("serviceCIDRs", raw.service_cidrs)?,
         node_cidrs: cidrs("nodeCIDRs", raw.node_cidrs)?,
+        own_pod_cidrs: cidrs("ownPodCIDRs", raw.own_pod_cidrs)?,
+        // A way of masquerading that this version does not know is as good as none told.
+        masquerade: raw.masquerade.and_then(|value| serde_json::from_value(value).ok()),
     })
 }
 
@@ -144,6 +230,48 @@ mod tests {
         assert_eq!(facts.primary(Family::V4), Some("10.6.0.2".parse().unwrap()));
         assert_eq!(facts.primary(Family::V6), Some("fd00::2".parse().unwrap()));
         assert_eq!(facts.pod_cidrs[0].to_string(), "10.0.0.0/16");
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let text = r#"{"version":1,"clusterName":"a","addresses":["10.6.0.2"],"podCIDRs":["10.0.0.0/16"],
+            "serviceCIDRs":["fd01::/112"],"nodeCIDRs":["10.6.0.0/16"],"ownPodCIDRs":["10.0.1.0/24"],"masquerade":"bpf"}"#;
+        let facts = parse(text).unwrap();
+        assert_eq!(facts.own_pod_cidrs[0].to_string(), "10.0.1.0/24");
+        assert_eq!(facts.masquerade, Some(Masquerade::Bpf));
+        for facts in [facts, NodeFacts::default()] {
+            assert_eq!(parse(&write(&facts)).unwrap(), facts);
+            assert!(is_agents(&write(&facts)));
+        }
+        assert!(!is_agents(text) && !is_agents("") && !is_agents(r#"{"writtenBy":"me"}"#) && !is_agents("[]"));
+    }
+
+    #[test]
+    fn an_unknown_way_of_masquerading_is_none() {
+        for value in [r#""XDP""#, "7", "null", "{}"] {
+            let facts = parse(&format!(r#"{{"version":1,"masquerade":{value}}}"#)).unwrap();
+            assert_eq!(facts.masquerade, None, "{value}");
+        }
+    }
+
+    #[test]
+    fn remotes_inside_local_prefixes_are_refused() {
+        let text = r#"{"version":1,"addresses":["10.6.0.2"],"podCIDRs":["10.0.0.0/17","10.0.128.0/17"],
+            "serviceCIDRs":["fd01::/112"],"nodeCIDRs":["10.6.0.0/16"]}"#;
+        let cluster = r#"{"version":1,"source":"static","clusters":[{"name":"b","podCIDRs":
+            ["10.0.0.0/8","10.0.0.0/16","10.0.7.0/24","fd01::/112","fd01::/64","10.6.0.2/32","10.7.0.0/16"]}]}"#;
+        let merged = crate::remotes::merge(&[crate::remotes::parse("s.json", cluster).unwrap()], None);
+        let findings = parse(text).unwrap().refuses(&merged);
+        let texts: Vec<&str> = findings.iter().map(|finding| finding.text.as_str()).collect();
+        assert_eq!(
+            texts,
+            [
+                "10.0.0.0/16 of cluster b (source static) lies inside prefixes that are local here",
+                "10.0.7.0/24 of cluster b (source static) lies inside 10.0.0.0/17, which is local here",
+                "10.6.0.2/32 of cluster b (source static) lies inside 10.6.0.0/16, which is local here",
+                "fd01::/112 of cluster b (source static) is local here",
+            ]
+        );
     }
 
     #[test]

@@ -1,9 +1,13 @@
 //! Remotes files: what is remote, according to each source, and the merge of all of them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    borrow::Borrow,
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use ipnet::IpNet;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     cidr,
@@ -80,12 +84,7 @@ pub fn parse(file: &str, text: &str) -> Result<RemotesFile, String> {
 }
 
 fn cluster(Object(raw): Object<RawCluster>) -> Result<RemoteCluster, String> {
-    if !valid_cluster(&raw.name) {
-        return Err(format!("cluster name {} is not an RFC 1123 label: rename it", quoted(&raw.name)));
-    }
-    if let Some(mtu) = raw.mtu.filter(|mtu| *mtu != 0 && !MTU_RANGE.contains(mtu)) {
-        return Err(format!("cluster {}: mtu {mtu} is not within 576 to 65535", raw.name));
-    }
+    check(&raw.name, raw.mtu)?;
     let texts = raw.pod_cidrs.into_iter().flatten().chain(raw.service_cidrs.into_iter().flatten());
     let cidrs = texts
         .map(|text| cidr::parse(&text).map_err(|err| format!("cluster {}: {err}", raw.name)))
@@ -93,11 +92,113 @@ fn cluster(Object(raw): Object<RawCluster>) -> Result<RemoteCluster, String> {
     Ok(RemoteCluster { name: raw.name, cidrs, mtu: raw.mtu.filter(|mtu| *mtu != 0) })
 }
 
+/// Who the agent says wrote a remotes file; a file without it is somebody's own.
+pub const WRITER: &str = "crosslink-agent";
+
+/// A cluster as the writer of a remotes file tells it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Told {
+    /// Name; see [`valid_cluster`].
+    pub name: String,
+    /// CIDRs of its pods.
+    #[serde(default, rename = "podCIDRs")]
+    pub pod_cidrs: Vec<IpNet>,
+    /// CIDRs of its services.
+    #[serde(default, rename = "serviceCIDRs", skip_serializing_if = "Vec::is_empty")]
+    pub service_cidrs: Vec<IpNet>,
+    /// Path MTU towards it, bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u32>,
+    /// Where the source has it from, where that is worth keeping. Readers ignore it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+}
+
+impl Told {
+    /// Whether it names no CIDR.
+    pub fn is_empty(&self) -> bool {
+        self.pod_cidrs.is_empty() && self.service_cidrs.is_empty()
+    }
+}
+
+/// Whether a path MTU may stand in a remotes file.
+pub fn valid_mtu(mtu: u32) -> bool {
+    MTU_RANGE.contains(&mtu)
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Head<'a> {
+    version: u64,
+    source: &'a str,
+    written_by: &'a str,
+    generation: u64,
+}
+
+/// The text of a remotes file of the agent: what [`parse`] reads, one cluster a line, so that people can compare two.
+///
+/// # Errors
+/// [`parse`] would refuse it.
+pub fn render<T: Borrow<Told>>(source: &str, generation: u64, clusters: &[T]) -> Result<String, String> {
+    let head = Head { version: VERSION, source, written_by: WRITER, generation };
+    let mut text = serde_json::to_string(&head).map_err(|err| err.to_string())?;
+    text.pop();
+    text.push_str(",\n\"clusters\":[");
+    for (place, cluster) in clusters.iter().enumerate() {
+        let cluster: &Told = cluster.borrow();
+        check(&cluster.name, cluster.mtu)?;
+        text.push_str(if place == 0 { "\n" } else { ",\n" });
+        text.push_str(&serde_json::to_string(cluster).map_err(|err| err.to_string())?);
+    }
+    text.push_str("\n]}\n");
+    Ok(text)
+}
+
+/// What a cluster must keep besides having CIDRs.
+fn check(name: &str, mtu: Option<u32>) -> Result<(), String> {
+    if !valid_cluster(name) {
+        return Err(format!("cluster name {} is not an RFC 1123 label: rename it", quoted(name)));
+    }
+    match mtu.filter(|mtu| *mtu != 0 && !valid_mtu(*mtu)) {
+        Some(mtu) => Err(format!("cluster {name}: mtu {mtu} is not within 576 to 65535")),
+        None => Ok(()),
+    }
+}
+
+/// What the agent keeps in a remotes file of its own besides what [`parse`] reads.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Kept {
+    /// Who wrote it; see [`WRITER`].
+    pub written_by: String,
+    /// Rises with every change.
+    pub generation: u64,
+    /// Its clusters.
+    pub clusters: Vec<Told>,
+}
+
+/// Reads back what [`render`] wrote; nothing where it is somebody else's file or none at all.
+pub fn kept(text: &str) -> Option<Kept> {
+    serde_json::from_str(text).ok().filter(|kept: &Kept| kept.written_by == WRITER)
+}
+
+/// The generation of what [`render`] wrote; nothing where it is somebody else's file or none at all.
+pub fn kept_generation(text: &str) -> Option<u64> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Mark {
+        written_by: String,
+        generation: u64,
+    }
+    serde_json::from_str(text).ok().filter(|mark: &Mark| mark.written_by == WRITER).map(|mark| mark.generation)
+}
+
 /// A cluster after merging.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cluster {
-    /// Each CIDR with the sources that name it.
-    pub cidrs: BTreeMap<IpNet, BTreeSet<String>>,
+    /// Each CIDR with the sources that name it; CIDRs of the same sources share the set.
+    pub cidrs: BTreeMap<IpNet, Arc<BTreeSet<String>>>,
     /// Smallest MTU that a file states, bytes.
     pub mtu: Option<u32>,
 }
@@ -114,8 +215,9 @@ pub struct Merged {
 /// Merges files: one name is one cluster; one CIDR belongs to one cluster; the own cluster is never remote.
 pub fn merge(files: &[RemotesFile], own: Option<&str>) -> Merged {
     let mut merged = Merged::default();
-    let mut claims: BTreeMap<IpNet, BTreeSet<(usize, String)>> = BTreeMap::new();
+    let mut claims: Vec<Claim<'_>> = Vec::new();
     for file in files {
+        let alone = Arc::new(BTreeSet::from([file.source.clone()]));
         let rank = SOURCES.iter().position(|source| *source == file.source).unwrap_or(SOURCES.len());
         for cluster in &file.clusters {
             if own == Some(cluster.name.as_str()) {
@@ -130,8 +232,11 @@ pub fn merge(files: &[RemotesFile], own: Option<&str>) -> Merged {
                     merged.findings.push(finding);
                     continue;
                 }
-                known.cidrs.entry(*net).or_default().insert(file.source.clone());
-                claims.entry(*net).or_default().insert((rank, cluster.name.clone()));
+                let sources = known.cidrs.entry(*net).or_insert_with(|| Arc::clone(&alone));
+                if !sources.contains(&file.source) {
+                    Arc::make_mut(sources).insert(file.source.clone());
+                }
+                claims.push((*net, rank, &cluster.name));
             }
         }
     }
@@ -148,12 +253,17 @@ fn too_wide(net: &IpNet, cluster: &str, file: &str) -> Option<Finding> {
         .then(|| Finding::new(Id::CidrWide, format!("{net} of cluster {cluster} ({file}) is shorter than /{shortest}")))
 }
 
+/// A CIDR, the rank of the source, and the cluster that claims it.
+type Claim<'a> = (IpNet, usize, &'a str);
+
 /// Leaves each CIDR only with the first of the clusters that claim it.
-fn settle(claims: BTreeMap<IpNet, BTreeSet<(usize, String)>>, merged: &mut Merged) {
-    for (net, claimants) in claims {
-        let mut names: Vec<String> = Vec::new();
-        for (_, name) in claimants {
-            if !names.contains(&name) {
+fn settle(mut claims: Vec<Claim<'_>>, merged: &mut Merged) {
+    claims.sort_unstable();
+    for same in claims.chunk_by(|(one, ..), (next, ..)| one == next) {
+        let Some((net, ..)) = same.first() else { continue };
+        let mut names: Vec<&str> = Vec::new();
+        for (_, _, name) in same {
+            if !names.contains(name) {
                 names.push(name);
             }
         }
@@ -161,8 +271,8 @@ fn settle(claims: BTreeMap<IpNet, BTreeSet<(usize, String)>>, merged: &mut Merge
         for loser in losers {
             let text = format!("{net} is claimed by clusters {winner} and {loser}; {winner} has it");
             merged.findings.push(Finding::new(Id::CidrTwice, text));
-            if let Some(cluster) = merged.clusters.get_mut(loser) {
-                cluster.cidrs.remove(&net);
+            if let Some(cluster) = merged.clusters.get_mut(*loser) {
+                cluster.cidrs.remove(net);
             }
         }
     }
@@ -247,6 +357,33 @@ mod tests {
             let err = parse("x.json", text).unwrap_err();
             assert!(err.contains(part), "{text}: {err}");
         }
+    }
+
+    #[test]
+    fn what_is_written_is_what_is_read() {
+        let told = Told {
+            name: "b".into(),
+            pod_cidrs: vec![cidr::parse("10.1.0.0/16").unwrap()],
+            service_cidrs: vec![cidr::parse("fd00::/64").unwrap()],
+            mtu: Some(1400),
+            from: Some("b.json".into()),
+        };
+        let text = render("static", 7, std::slice::from_ref(&told)).unwrap();
+        let file = parse("static.json", &text).unwrap();
+        assert_eq!(file.source, "static");
+        assert_eq!(file.clusters[0].cidrs, [told.pod_cidrs[0], told.service_cidrs[0]]);
+        assert_eq!(file.clusters[0].mtu, Some(1400));
+        let kept = kept(&text).unwrap();
+        assert_eq!((kept.generation, kept.clusters), (7, vec![told]));
+        assert_eq!(kept_generation(&text), Some(7));
+        assert!(parse("x.json", &render::<Told>("kernel", 1, &[]).unwrap()).unwrap().clusters.is_empty());
+    }
+
+    #[test]
+    fn what_would_be_refused_is_not_written() {
+        assert!(render("static", 1, &[Told { name: "B".into(), ..Told::default() }]).is_err());
+        assert!(render("static", 1, &[Told { name: "b".into(), mtu: Some(1), ..Told::default() }]).is_err());
+        assert_eq!(kept(r#"{"version":1,"source":"static","clusters":[]}"#), None);
     }
 
     #[test]

@@ -113,7 +113,7 @@ fn fills(parts: &[IpNet], net: &IpNet) -> bool {
 }
 
 /// The address after `addr`, none after the last of its family.
-fn successor(addr: IpAddr) -> Option<IpAddr> {
+pub fn successor(addr: IpAddr) -> Option<IpAddr> {
     match addr {
         IpAddr::V4(v4) => u32::from(v4).checked_add(1).map(|bits| IpAddr::V4(bits.into())),
         IpAddr::V6(v6) => u128::from(v6).checked_add(1).map(|bits| IpAddr::V6(bits.into())),

@@ -83,6 +83,14 @@ impl Error {
         Self::File { what, path: path.into(), errno: Self::errno_of(err) }
     }
 
+    /// The kernel's answer, where there was one.
+    pub const fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::Netlink { errno, .. } | Self::File { errno, .. } => Some(*errno),
+            _ => None,
+        }
+    }
+
     /// Whether the sandbox that was named is simply not there (any more).
     pub fn is_gone(&self) -> bool {
         match self {

@@ -4,6 +4,7 @@
 //! `fake`) keeps everything in memory, records every change and replays errno.
 
 pub mod attachment;
+pub mod conntrack;
 pub mod converge;
 mod decode;
 mod encode;
@@ -12,7 +13,9 @@ pub mod error;
 pub mod fake;
 pub mod files;
 mod lessons;
+pub mod monitor;
 pub mod netns;
+pub mod nft;
 pub mod notify;
 pub mod records;
 pub mod socket;

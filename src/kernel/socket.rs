@@ -1,5 +1,5 @@
-//! A synchronous rtnetlink socket: strict checking, sequence numbers verified, dumps repeated when they were
-//! interrupted, batches acknowledged once.
+//! A synchronous netlink socket: sequence numbers verified, dumps repeated when they were interrupted, batches
+//! acknowledged once. For rtnetlink also strict checking, for netfilter transactions.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -7,8 +7,17 @@ use netlink_packet_core::{
     Emitable, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer,
     NetlinkHeader,
 };
-use netlink_sys::{SocketAddr, protocols::NETLINK_ROUTE};
-use nix::errno::Errno;
+use netlink_sys::{
+    SocketAddr,
+    protocols::{NETLINK_NETFILTER, NETLINK_ROUTE},
+};
+use nix::{
+    errno::Errno,
+    sys::{
+        socket::{setsockopt, sockopt},
+        time::TimeVal,
+    },
+};
 
 use crate::error::Error;
 
@@ -21,6 +30,9 @@ const DUMP_TRIES: usize = 10;
 
 /// The kernel fills dump buffers of at most 32 KiB (`NLMSG_GOODSIZE` rules, net/netlink/af_netlink.c).
 const RECEIVE: usize = 32 * 1024;
+
+/// Longest wait for netfilter's answer, seconds. Replacing 100,000 set elements takes below one.
+const ANSWER_SECONDS: i64 = 30;
 
 /// Length of `struct nlmsghdr`, bytes (linux/netlink.h).
 const HEADER: usize = 16;
@@ -43,6 +55,16 @@ impl Request {
         let mut payload = vec![0; message.buffer_len()];
         message.emit(&mut payload);
         Self { kind, flags, payload }
+    }
+
+    /// A message whose payload is encoded already.
+    pub const fn raw(kind: u16, flags: u16, payload: Vec<u8>) -> Self {
+        Self { kind, flags, payload }
+    }
+
+    /// What comes after the netlink header.
+    pub fn payload(&self) -> &[u8] {
+        &self.payload
     }
 }
 
@@ -94,6 +116,68 @@ impl Socket {
         inner.set_cap_ack(true).map_err(refused)?;
         inner.connect(&SocketAddr::new(0, 0)).map_err(refused)?;
         Ok(Self { inner, sequence: 0, buffer: Vec::with_capacity(RECEIVE) })
+    }
+
+    /// Opens a socket to netfilter (nf_tables, conntrack) in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// The kernel's refusal; `EPROTONOSUPPORT` where it has no netfilter.
+    pub fn netfilter() -> Result<Self, Error> {
+        let refused = |err: std::io::Error| Error::Netlink {
+            what: "open a netfilter socket".into(),
+            errno: Error::errno_of(&err),
+        };
+        let inner = netlink_sys::Socket::new(NETLINK_NETFILTER).map_err(refused)?;
+        inner.set_cap_ack(true).map_err(refused)?;
+        inner.connect(&SocketAddr::new(0, 0)).map_err(refused)?;
+        let socket = Self { inner, sequence: 0, buffer: Vec::with_capacity(RECEIVE) };
+        // Every transaction is answered; a kernel that does not must not hold the agent for ever.
+        let _ = setsockopt(&socket.fd(), sockopt::ReceiveTimeout, &TimeVal::new(ANSWER_SECONDS, 0));
+        Ok(socket)
+    }
+
+    /// Sends requests as one transaction (nfnetlink batch): all of them take effect at once, or none does. The first and
+    /// the last are the marks of the batch.
+    ///
+    /// # Errors
+    /// The place of the first request that was refused, 0 for the transaction as a whole, and why.
+    pub fn transaction(&mut self, requests: &[Request]) -> Result<(), (usize, Errno)> {
+        let first = self.sequence.wrapping_add(1);
+        // The end mark is acknowledged by newer kernels only (6.10), the message before it by all, after the commit.
+        let last = requests.len().saturating_sub(2);
+        let mut bytes = Vec::with_capacity(requests.iter().map(|request| request.payload.len() + HEADER + 4).sum());
+        for (place, request) in requests.iter().enumerate() {
+            self.append(request, if place == last { NLM_F_ACK } else { 0 }, &mut bytes);
+        }
+        self.room_for(bytes.len());
+        self.send(&bytes).map_err(|errno| (0, errno))?;
+        let (mut refusal, mut ended) = (None, false);
+        while !ended {
+            let received = self.receive("transaction", |sequence, _, message| {
+                let place = usize::try_from(sequence.wrapping_sub(first)).unwrap_or(usize::MAX);
+                if message.kind != NLMSG_ERROR || place >= requests.len() {
+                    return Ok(());
+                }
+                refusal = refusal.or(errno(message.payload).map(|errno| (place, errno)));
+                // What concerns the whole batch is told of its first message, and may be all that is told.
+                ended |= place == last || (place == 0 && refusal.is_some());
+                Ok(())
+            });
+            if let Err(err) = received {
+                self.drain();
+                return Err((0, err.errno().unwrap_or(Errno::EIO)));
+            }
+        }
+        refusal.map_or(Ok(()), Err)
+    }
+
+    /// A batch must be sent by one call, which the send buffer bounds.
+    fn room_for(&self, bytes: usize) {
+        let fd = self.fd();
+        if setsockopt(&fd, sockopt::SndBufForce, &bytes).is_err() {
+            // Not root of the machine, as in a user namespace: up to net.core.wmem_max.
+            let _ = setsockopt(&fd, sockopt::SndBuf, &bytes);
+        }
     }
 
     /// The identity of the socket's network namespace; none before Linux 5.14.

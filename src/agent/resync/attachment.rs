@@ -1,6 +1,12 @@
 //! One attachment: from its record to its sandbox and back.
 
-use std::{collections::BTreeSet, os::unix::fs::MetadataExt, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use crosslink_core::{
     delta::{Delta, additions},
@@ -202,7 +208,8 @@ fn converge(record: Record, mut step: InStep, env: &Env<'_>, mut kernel: System)
     }
     step.findings = made.findings;
     if other.is_none() {
-        step.quick = facts.map(|(pod, node)| Arc::new(Quick { asked, id, pod, node }));
+        let path = env.records.path(&asked.container_id, &asked.ifname);
+        step.quick = facts.map(|(pod, node)| Arc::new(Quick { asked, id, pod, node, record: (path, step.stamp) }));
     }
     Outcome::InStep(step)
 }
@@ -248,12 +255,13 @@ pub struct Quick {
     id: NetnsId,
     pod: PodFacts,
     node: NodeFacts,
+    record: (PathBuf, Option<Stamp>),
 }
 
 /// Adds what a change of remotes brings, at once and unseen. What is in the way of a route keeps its place, and whatever goes
 /// wrong is left to the thorough pass that follows; that also writes the record. Returns how many routes were added.
 pub fn add_quickly(quick: &Quick, merged: &Merged, delta: &Delta) -> usize {
-    let Quick { asked, id, pod, node } = quick;
+    let Quick { asked, id, pod, node, record: (path, known) } = quick;
     let inputs = destinations::Inputs {
         conf: &asked.conf,
         request: &asked.request,
@@ -269,7 +277,9 @@ pub fn add_quickly(quick: &Quick, merged: &Merged, delta: &Delta) -> usize {
     let changes: Vec<Change> = routes.into_iter().map(|route| Change::AddRoute(Side::Pod, route)).collect();
     let added = System::new().and_then(|mut kernel| {
         let now = kernel.enter(&id.path, Duration::ZERO)?;
-        Ok(if now.same(id) { kernel.apply(&changes).done.len() } else { 0 })
+        // Under the lock: DEL may have been here, or a new ADD.
+        let current = now.same(id) && known.is_some() && stamp(path) == *known;
+        Ok(if current { kernel.apply(&changes).done.len() } else { 0 })
     });
     added.unwrap_or_default()
 }

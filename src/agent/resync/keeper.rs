@@ -11,7 +11,6 @@ use crosslink_core::{
     delta::Delta,
     finding::{Finding, Id},
     record::parse_file_name,
-    remotes::Merged,
 };
 use crosslink_kernel::records::Records;
 use tokio::sync::watch;
@@ -43,8 +42,10 @@ pub struct Keeper {
     inputs: watch::Receiver<Arc<Inputs>>,
     metrics: Metrics,
     known: BTreeMap<Key, Outcome>,
-    /// Remotes as all attachments know them, but for [`Keeper::owed`].
-    merged: Merged,
+    /// What all attachments know, but for [`Keeper::owed`].
+    before: Arc<Inputs>,
+    /// Generation of the inputs that all attachments are in step with.
+    generation: u64,
     /// Attachments that a pass did not come to.
     owed: BTreeSet<Key>,
 }
@@ -61,7 +62,8 @@ impl Keeper {
             inputs,
             metrics,
             known: BTreeMap::new(),
-            merged: Merged::default(),
+            before: Arc::default(),
+            generation: 0,
             owed: BTreeSet::new(),
         }
     }
@@ -89,9 +91,13 @@ impl Keeper {
     }
 
     /// Adds what is new in the remotes to all attachments at once; the thorough pass comes after it.
-    fn hurry(&mut self, inputs: &Inputs, started: Instant) {
-        let before = std::mem::replace(&mut self.merged, inputs.merged.clone());
-        let Some(delta) = Delta::between(&before, &self.merged) else { return };
+    fn hurry(&mut self, inputs: &Arc<Inputs>, started: Instant) {
+        let before = std::mem::replace(&mut self.before, Arc::clone(inputs));
+        if before.generation == inputs.generation {
+            return;
+        }
+        let Some(delta) = Delta::between(&before.merged, &inputs.merged) else { return };
+        drop(before);
         let quick: Vec<Arc<Quick>> = self.steps().filter_map(|step| step.quick.clone()).collect();
         let added = pass::run(&quick, &|| false, &|quick| Some(add_quickly(quick, &inputs.merged, &delta)));
         let added: usize = added.into_iter().filter_map(|(_, added)| added).sum();
@@ -137,6 +143,10 @@ impl Keeper {
                 key.clone(),
                 outcome.unwrap_or_else(|| Outcome::Failed("internal error; see the log".to_owned())),
             );
+        }
+        // A change brings a pass over all.
+        if self.owed.is_empty() {
+            self.generation = inputs.generation;
         }
         self.report(started);
         Passed { again: !self.owed.is_empty() || self.known.values().any(is_unsettled) }
@@ -197,7 +207,12 @@ impl Keeper {
         let millis = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.board.facts(
             PART,
-            serde_json::json!({ "attachments": self.known.len(), "routes": routes, "lastPassMilliseconds": millis }),
+            serde_json::json!({
+                "generation": self.generation,
+                "attachments": self.known.len(),
+                "routes": routes,
+                "lastPassMilliseconds": millis,
+            }),
         );
         let hidden = self.known.values().find_map(|outcome| match outcome {
             Outcome::Hidden(text) if !self.netns_dir.is_dir() || text.contains("HostToContainer") => Some(text),

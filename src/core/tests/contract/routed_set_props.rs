@@ -76,7 +76,7 @@ pub fn merged() -> impl Strategy<Value = Merged> {
         let mut taken = BTreeSet::new();
         let clusters = CLUSTERS.iter().zip(lists).map(|((name, mtu), nets)| {
             let fresh = nets.into_iter().filter(|net| taken.insert(*net)).collect::<Vec<_>>();
-            let cidrs = fresh.into_iter().map(|net| (net, BTreeSet::from(["static".to_owned()]))).collect();
+            let cidrs = fresh.into_iter().map(|net| (net, BTreeSet::from(["static".to_owned()]).into())).collect();
             ((*name).to_owned(), Cluster { cidrs, mtu: *mtu })
         });
         Merged { clusters: clusters.collect::<BTreeMap<_, _>>(), findings: Vec::new() }
@@ -235,7 +235,7 @@ proptest! {
     fn remotes_never_fail(mut world in world(), wild in prefixes(3)) {
         (world.conf.hijack_cidr, world.request.hijack_cidr) = (Vec::new(), Vec::new());
         let all = wild.into_iter().chain(["0.0.0.0/0", "::/0", "127.0.0.0/8", "ff00::/8", "10.0.0.1/32"].map(net));
-        let cidrs = all.map(|net| (net, BTreeSet::new())).collect();
+        let cidrs = all.map(|net| (net, BTreeSet::new().into())).collect();
         world.remotes.clusters.insert("wild".to_owned(), Cluster { cidrs, mtu: None });
         let outcome = destinations(world.inputs());
         prop_assert!(outcome.is_ok(), "{:?}", outcome);
@@ -269,7 +269,7 @@ fn row(v6: bool, count: u32) -> Vec<IpNet> {
 
 fn crowd(clusters: &[(&str, &[IpNet], Option<u32>)]) -> Ready {
     let clusters = clusters.iter().map(|(name, nets, mtu)| {
-        let cidrs = nets.iter().map(|net| (*net, BTreeSet::from(["static".to_owned()]))).collect();
+        let cidrs = nets.iter().map(|net| (*net, BTreeSet::from(["static".to_owned()]).into())).collect();
         ((*name).to_owned(), Cluster { cidrs, mtu: *mtu })
     });
     let remotes = Merged { clusters: clusters.collect(), findings: Vec::new() };
