@@ -3,7 +3,7 @@ TARGET ?= $(shell uname -m)-unknown-linux-musl
 CARGO ?= cargo
 export PATH := $(HOME)/.cargo/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: help setup build demo test fmt lint doc unit fences deny clean
+.PHONY: help setup plugin build demo test fmt lint doc unit fences bench deny clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -11,12 +11,16 @@ help: ## Show the targets.
 setup: ## Install what is missing: Debian packages, Rust toolchain and target.
 	@tests/testkit/setup $(TARGET)
 
-build: setup ## Build the stripped static plugin into dist/bin/.
+plugin: setup ## Build the stripped static plugin into dist/bin/.
 	$(CARGO) build --release --locked -p crosslink --target $(TARGET)
 	@install -D -m 0755 target/$(TARGET)/release/crosslink dist/bin/crosslink
-	@ls -l dist/bin/crosslink
 
-demo: build ## Show a pod that reaches another cluster, in network namespaces.
+build: plugin ## Build plugin and agent, stripped and static, into dist/bin/.
+	$(CARGO) build --profile agent --locked -p crosslink-agent --target $(TARGET)
+	@install -D -m 0755 target/$(TARGET)/agent/crosslink-agent dist/bin/crosslink-agent
+	@ls -l dist/bin
+
+demo: build ## Show a pod that reaches another cluster and follows its changes, in network namespaces.
 	@$(CARGO) build --quiet --locked -p crosslink-testkit
 	@tests/testkit/run target/debug/crosslink-testkit demo dist/bin
 
@@ -33,10 +37,15 @@ doc: setup
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
 
 unit: setup
+	$(CARGO) build --locked -p crosslink
 	$(CARGO) test --workspace --locked --no-fail-fast
 
-fences: build ## Check the plugin's dependencies, the layers, and the size of the binary.
-	@tests/testkit/fences $(TARGET) dist/bin/crosslink
+fences: build ## Check the plugin's dependencies, the layers, and the sizes of the binaries.
+	@tests/testkit/fences $(TARGET) dist/bin
+
+bench: setup ## Measure how soon running pods follow a change.
+	$(CARGO) build --locked --profile agent -p crosslink --target $(TARGET)
+	$(CARGO) bench --locked --profile agent -p crosslink-agent --target $(TARGET)
 
 deny: setup ## Check licences, duplicate and banned dependencies, and advisories where they can be fetched.
 	@tests/testkit/deny

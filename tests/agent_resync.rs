@@ -354,28 +354,23 @@ fn sandboxes_that_are_hidden_are_not_taken_for_gone() {
     assert!(agent.stop().success());
     drop(unmounted);
 
-    // The same where no mount of the runtime can ever arrive.
-    let crowd = watched(|_| ());
-    crowd.site.node(json!({}));
-    let _restored = Shared;
-    mount(None::<&str>, "/run/netns", None::<&str>, MsFlags::MS_PRIVATE, None::<&str>).unwrap();
-    let unmounted = Unmounted::new(crowd.pods[0].path());
+    // The same where no mount of the runtime can ever arrive: a private mount, in it an empty file.
+    let dir = tempfile::tempdir().unwrap();
+    mount(Some("tmpfs"), dir.path(), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    mount(None::<&str>, dir.path(), None::<&str>, MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+    let file = dir.path().join("cni-1");
+    fs::write(&file, "").unwrap();
+    let crowd = watched(|record| record["netns"]["path"] = json!(file));
     let agent = Agent::start(crowd.node.path(), &crowd.site, &[]);
     logs(&agent, "XL-NETNS-HIDDEN");
     logs(&agent, "mountPropagation HostToContainer");
     change(&crowd);
     assert_eq!(crowd.site.records().len(), 2);
-    drop(unmounted);
+    mount(Some(crowd.pods[0].path()), &file, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
     wait_until("it follows when it is seen again", PATIENCE, || crowd.routes(0).contains("10.9.0.0/16"));
-}
-
-/// Makes the directory of sandboxes shared again, as `ip netns` keeps it.
-struct Shared;
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        mount(None::<&str>, "/run/netns", None::<&str>, MsFlags::MS_SHARED, None::<&str>).unwrap();
-    }
+    drop(agent);
+    umount2(&file, MntFlags::MNT_DETACH).unwrap();
+    umount2(dir.path(), MntFlags::MNT_DETACH).unwrap();
 }
 
 #[test]

@@ -87,8 +87,8 @@ fn the_node_config_of_the_node() {
         objects.apply(&serde_saphyr::from_str::<Value>(document).unwrap());
     }
     let found = || objects.list("crosslink.dev/v1alpha1", "NodeConfig", None);
-    wait_until("there is an object with a status", LONG, || {
-        found().first().is_some_and(|object| object["status"].is_object())
+    wait_until("there is an object whose node is in step", LONG, || {
+        found().first().is_some_and(|object| object["status"]["synced"] == json!(true))
     });
     let object = &found()[0];
     let owner = &object["metadata"]["ownerReferences"][0];

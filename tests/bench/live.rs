@@ -1,14 +1,7 @@
 //! How long a CIDR that was added to a remotes file takes into the kernels of running pods: `live PODS CIDRS ROUNDS`.
 //!
 //! The clock starts before the file is renamed into place and stops at the kernel's notification of the last pod.
-#![expect(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    clippy::indexing_slicing,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a benchmark"
-)]
+#![expect(clippy::unwrap_used, clippy::print_stdout, clippy::indexing_slicing, clippy::panic, reason = "a benchmark")]
 
 #[path = "../support/agent.rs"]
 mod agent;

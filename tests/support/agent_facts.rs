@@ -46,7 +46,8 @@ impl Site {
     pub fn new(kubeconfig: &str, more: &[&str]) -> Self {
         let mut args: Vec<String> = ["run", "--cni-mode", "none", "--resync", "off", "--notrack", "off"]
             .into_iter()
-            .chain(["--preserve-source", "off", "--log-level", "info,crosslink_agent=debug", "--node-name", "node-a"])
+            .chain(["--preserve-source", "off", "--sources", "static", "--log-level", "info,crosslink_agent=debug"])
+            .chain(["--node-name", "node-a"])
             .map(str::to_owned)
             .collect();
         args.extend(["--kubeconfig".to_owned(), kubeconfig.to_owned()]);

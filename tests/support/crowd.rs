@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeSet,
+    path::PathBuf,
     sync::mpsc,
     time::{Duration, Instant},
 };
@@ -27,6 +28,8 @@ pub struct Crowd {
     pub pods: Vec<Pod>,
     /// Its files.
     pub site: Site,
+    /// The plugin that is called.
+    pub plugin: PathBuf,
     _dir: TempDir,
 }
 
@@ -37,7 +40,7 @@ impl Crowd {
         let site = Site::new(dir.path().join("site"));
         let node = Node::new("node", 0);
         let pods = (0..count).map(|place| pod(&node, place)).collect();
-        Self { node, pods, site, _dir: dir }
+        Self { node, pods, site, plugin: bin(), _dir: dir }
     }
 
     /// One more pod.
@@ -70,7 +73,7 @@ impl Crowd {
             args: format!("K8S_POD_NAMESPACE=shop;K8S_POD_NAME=cart-{place};K8S_POD_UID=u-{place}"),
             path: "/opt/cni/bin".into(),
             node: Some(self.node.path().to_owned()),
-            ..Call::new(bin(), command, &conf)
+            ..Call::new(&self.plugin, command, &conf)
         };
         call.run().unwrap()
     }

@@ -44,7 +44,10 @@ impl Site {
         fs::create_dir_all(dir.join("remotes")).unwrap();
         // Without this, each underlay ADD notes that no agent runs; tests that look for it remove the file.
         fs::create_dir_all(dir.join("run")).unwrap();
-        fs::write(dir.join("run/agent.sock"), "").unwrap();
+        let socket = dir.join("run/agent.sock");
+        if !socket.exists() {
+            fs::write(socket, "").unwrap();
+        }
         Self { dir }
     }
 

@@ -8,12 +8,16 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Output};
 use std::time::Instant;
 
-use crosslink_testkit::nft::{CrosslinkNft, Masquerade, crosslink_nft, kube_proxy_drop, service};
+use crosslink_testkit::nft::{Masquerade, kube_proxy_drop, service};
 use crosslink_testkit::probe::wait_addresses;
 use crosslink_testkit::servers::{Server, serve_http};
 use crosslink_testkit::topology::{conflist, pick};
 use crosslink_testkit::{Attachment, Netns, Node, Options, Pod, Runner, TwoClusters, addresses, two_clusters};
 use serde_json::{Value, json};
+
+use agent::Agent;
+
+mod agent;
 
 /// What went wrong, for the last line.
 type Outcome<T> = Result<T, String>;
@@ -33,7 +37,19 @@ const PICTURE: &str = "
        +------------------ ens192 -----------+
 ";
 
-/// Runs the demo with the plugin in `dir`.
+/// The file that tells the agent what is remote.
+const REMOTES: &str = "remotes.d/cluster-b.json";
+
+/// The main CNI's list on node a1.
+const MAIN_LIST: &str = "a1/net.d/10-macvlan.conflist";
+
+/// The CIDR that comes and goes.
+const MORE: &str = "172.112.0.0/16";
+
+/// How many more pods follow a change.
+const MORE_PODS: usize = 3;
+
+/// Runs the demo with the plugin and the agent in `dir`.
 pub fn run(dir: PathBuf) -> ExitCode {
     let started = Instant::now();
     let ui = Ui { colour: std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none() };
@@ -101,10 +117,15 @@ fn show(ui: &Ui, plugins: &Path) -> Outcome<()> {
     let stage = Stage::build(ui, plugins)?;
     let remote = stage.remote_pod(ui)?;
     stage.without_crosslink(ui, &remote)?;
-    let (pod, attachment, runner) = stage.with_crosslink(ui)?;
-    stage.traffic(ui, &pod, &remote)?;
-    stage.check(ui, &pod, &attachment, &runner)?;
-    stage.delete(ui, &remote, &attachment, &runner)
+    let agent = stage.start_agent(ui)?;
+    let (pods, runner) = stage.with_crosslink(ui)?;
+    let [(pod, attachment), ..] = pods.as_slice() else { return Err("no pod".to_owned()) };
+    stage.traffic(ui, pod, &remote)?;
+    stage.follow(ui, &pods)?;
+    stage.check(ui, pod, attachment, &runner)?;
+    let attachments: Vec<&Attachment> = pods.iter().map(|(_, attachment)| attachment).collect();
+    stage.delete(ui, &remote, &attachments, &runner)?;
+    stage.uninstall(ui, agent)
 }
 
 /// The two clusters and crosslink's files on the nodes.
@@ -135,18 +156,6 @@ impl Stage {
         nodes.into_iter().for_each(|node| kube_proxy_drop(node));
         ui.note("Every node drops what conntrack finds invalid, as kube-proxy does; pods have rp_filter 1.");
         ui.note("The link between a2 and b1 stands where Submariner or a ToR would.");
-        crosslink_nft(
-            &clusters.a1,
-            &CrosslinkNft {
-                local_pods: &["172.110.0.0/16", "fd10::/64"],
-                remote_pods: &["172.111.0.0/16", "fd11::/64"],
-                remote_services: &["10.243.0.0/18", "fd43::/112"],
-                ..CrosslinkNft::default()
-            },
-        );
-        ui.note(
-            "The nftables rules that underlay pods need on their node are added by this demo, until there is an agent.",
-        );
         let stage = Self { clusters, plugins: plugins.to_owned() };
         stage.write_files()?;
         Ok(stage)
@@ -158,32 +167,17 @@ impl Stage {
 
     /// What the agent, or an administrator, keeps on each node.
     fn write_files(&self) -> Outcome<()> {
-        let remotes = |name: &str, pods: [&str; 2], services: [&str; 2]| {
-            json!({"version": 1, "source": "static", "clusters": [
-                {"name": name, "podCIDRs": pods, "serviceCIDRs": services}]})
-        };
+        let local = [self.clusters.macvlan(1)];
         let files = [
             (
-                "a1/remotes/static.json",
-                remotes("cluster-b", ["172.111.0.0/16", "fd11::/64"], ["10.243.0.0/18", "fd43::/112"]),
+                "b1/remotes/static.json".to_owned(),
+                remotes("cluster-a", &["172.110.0.0/16", "fd10::/64"], &["10.233.0.0/18", "fd33::/112"]),
             ),
-            (
-                "b1/remotes/static.json",
-                remotes("cluster-a", ["172.110.0.0/16", "fd10::/64"], ["10.233.0.0/18", "fd33::/112"]),
-            ),
-            (
-                "a1/node.json",
-                json!({"version": 1, "clusterName": "cluster-a", "addresses": ["10.7.0.11", "fd07::11"],
-                    "podCIDRs": ["172.110.0.0/16", "fd10::/64"], "serviceCIDRs": ["10.233.0.0/18", "fd33::/112"]}),
-            ),
+            (format!("a1/{REMOTES}"), remotes_b(&[])),
+            (MAIN_LIST.to_owned(), json!({ "cniVersion": CNI_VERSION, "name": "pods", "plugins": local })),
         ];
         for (name, content) in files {
-            let path = self.clusters.state().join(name);
-            let dir = path.parent().unwrap_or(Path::new("/"));
-            fs::create_dir_all(dir)
-                .and_then(|()| fs::write(&path, content.to_string()))
-                .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o644)))
-                .map_err(|err| format!("{}: {err}", path.display()))?;
+            write(&self.clusters.state().join(name), &content)?;
         }
         Ok(())
     }
@@ -236,13 +230,64 @@ impl Stage {
         runner.del(&attachment).map_err(|failure| failure.msg())
     }
 
-    fn with_crosslink(&self, ui: &Ui) -> Outcome<(Pod, Attachment, Runner)> {
-        ui.step("After: the same chain with crosslink at its end");
-        let runner = self.runner(&self.clusters.a1, vec![self.clusters.macvlan(1), self.entry("a1")]);
-        let (pod, attachment, _) = place(&self.clusters, &runner)?;
-        ui.must(&pod, "pod-a", "ip route")?;
-        ui.must(&pod, "pod-a", "ip -6 route")?;
-        Ok((pod, attachment, runner))
+    /// The agent on the node of the underlay pods: it installs the plugin, tells it what is local and remote, and keeps the
+    /// rules that such pods need.
+    fn start_agent(&self, ui: &Ui) -> Outcome<Agent> {
+        ui.step("The agent on node a1, without Kubernetes");
+        let before = fs::read_to_string(self.clusters.state().join(MAIN_LIST)).map_err(|err| err.to_string())?;
+        let agent = Agent::start(&self.clusters.a1, &self.plugins, &self.dir("a1"), before)?;
+        ui.good(&format!("it is ready: {}", agent.readiness()?));
+        let list = fs::read_to_string(self.clusters.state().join(MAIN_LIST)).map_err(|err| err.to_string())?;
+        if !list.contains("\"crosslink\"") {
+            return Err(format!("the plugin is not in the chain: {list}"));
+        }
+        ui.good(&format!("it has put crosslink into the main CNI's list: {}", types(&list)));
+        ui.must(&self.clusters.a1, "a1", "nft list table inet crosslink")?;
+        Ok(agent)
+    }
+
+    fn with_crosslink(&self, ui: &Ui) -> Outcome<(Vec<(Pod, Attachment)>, Runner)> {
+        ui.step("After: the same chain with crosslink in it");
+        let list = fs::read_to_string(self.clusters.state().join(MAIN_LIST)).map_err(|err| err.to_string())?;
+        let list: Value = serde_json::from_str(&list).map_err(|err| err.to_string())?;
+        let runner = self.clusters.runner_with(&self.clusters.a1, list, vec![self.dir("a1").join("bin")]);
+        let mut pods = Vec::new();
+        for _ in 0..=MORE_PODS {
+            let (pod, attachment, _) = place(&self.clusters, &runner)?;
+            pods.push((pod, attachment));
+        }
+        if let Some((pod, _)) = pods.first() {
+            ui.must(pod, "pod-a", "ip route")?;
+            ui.must(pod, "pod-a", "ip -6 route")?;
+        }
+        ui.note(&format!("{MORE_PODS} more pods like it run beside it."));
+        Ok((pods, runner))
+    }
+
+    /// A CIDR more, in pods that run.
+    fn follow(&self, ui: &Ui, pods: &[(Pod, Attachment)]) -> Outcome<()> {
+        ui.step("A CIDR is added to the remotes file: running pods follow");
+        let path = self.dir("a1").join(REMOTES);
+        let watches: Vec<_> =
+            pods.iter().map(|(pod, _)| agent::watch_route(pod, MORE, false)).collect::<Result<_, _>>()?;
+        let started = Instant::now();
+        write(&path, &remotes_b(&[MORE]))?;
+        let last = agent::last(watches, started)?;
+        ui.note(&format!("{}: cluster-b also has {MORE}", path.display()));
+        ui.good(&format!(
+            "the kernels of all {} pods told of the route after {:.1} ms",
+            pods.len(),
+            last.as_secs_f64() * 1e3
+        ));
+        let Some((pod, _)) = pods.first() else { return Ok(()) };
+        ui.must(pod, "pod-a", &format!("ip route show {MORE}"))?;
+        let watches: Vec<_> =
+            pods.iter().map(|(pod, _)| agent::watch_route(pod, MORE, true)).collect::<Result<_, _>>()?;
+        let started = Instant::now();
+        write(&path, &remotes_b(&[]))?;
+        let last = agent::last(watches, started)?;
+        ui.good(&format!("taken out again, it is gone from all of them after {:.1} ms", last.as_secs_f64() * 1e3));
+        Ok(())
     }
 
     fn traffic(&self, ui: &Ui, pod: &Pod, remote: &Remote) -> Outcome<()> {
@@ -263,27 +308,24 @@ impl Stage {
     }
 
     fn check(&self, ui: &Ui, pod: &Pod, attachment: &Attachment, runner: &Runner) -> Outcome<()> {
-        ui.step("CHECK, before and after a route is broken by hand");
+        ui.step("A route is broken by hand, and CHECK");
         runner.check(attachment).map_err(|failure| failure.msg())?;
         ui.good("CHECK finds everything as it was made");
+        let watch = agent::watch_route(pod, "172.111.0.0/16", false)?;
+        let started = Instant::now();
         ui.must(pod, "pod-a", "ip route del 172.111.0.0/16")?;
-        match runner.check(attachment) {
-            Ok(()) => Err("CHECK did not notice".to_owned()),
-            Err(failure) if failure.msg().contains("172.111.0.0/16") => {
-                ui.good(&format!(
-                    "CHECK fails with code {}: {}",
-                    failure.code().unwrap_or(0),
-                    first_line(&failure.msg())
-                ));
-                Ok(())
-            }
-            Err(failure) => Err(failure.msg()),
-        }
+        let back = agent::last(vec![watch], started)?;
+        ui.good(&format!("the agent has put it back after {:.1} ms", back.as_secs_f64() * 1e3));
+        runner.check(attachment).map_err(|failure| failure.msg())?;
+        ui.good("CHECK agrees");
+        Ok(())
     }
 
-    fn delete(&self, ui: &Ui, remote: &Remote, attachment: &Attachment, runner: &Runner) -> Outcome<()> {
+    fn delete(&self, ui: &Ui, remote: &Remote, attachments: &[&Attachment], runner: &Runner) -> Outcome<()> {
         ui.step("DEL, and what is left");
-        runner.del(attachment).map_err(|failure| failure.msg())?;
+        for attachment in attachments {
+            runner.del(attachment).map_err(|failure| failure.msg())?;
+        }
         remote.runner.del(&remote.attachment).map_err(|failure| failure.msg())?;
         let a1: &Netns = &self.clusters.a1;
         let links = ui.must(a1, "a1", "ip -br link show type veth")?;
@@ -299,6 +341,50 @@ impl Stage {
         ui.good("no interface, no route and no record of crosslink (its rule 1410 stays, for the next pod)");
         Ok(())
     }
+
+    fn uninstall(&self, ui: &Ui, agent: Agent) -> Outcome<()> {
+        ui.step("Uninstall");
+        let before = agent.before.clone();
+        agent.uninstall(&self.clusters.a1)?;
+        let list = fs::read_to_string(self.clusters.state().join(MAIN_LIST)).map_err(|err| err.to_string())?;
+        if list != before {
+            return Err(format!("the main CNI's list was {before} and is {list}"));
+        }
+        ui.good("the main CNI's list is what it was, to the byte");
+        let tables = ui.must(&self.clusters.a1, "a1", "nft list tables")?;
+        if tables.contains("crosslink") {
+            return Err("rules are left".to_owned());
+        }
+        ui.good("no rule of crosslink is left; its binary stays for the DEL of pods that still run");
+        Ok(())
+    }
+}
+
+/// cluster-b as the remotes file tells it, with more pod CIDRs.
+fn remotes_b(more: &[&str]) -> Value {
+    remotes("cluster-b", &[&["172.111.0.0/16", "fd11::/64"], more].concat(), &["10.243.0.0/18", "fd43::/112"])
+}
+
+fn remotes(name: &str, pods: &[&str], services: &[&str]) -> Value {
+    json!({"version": 1, "source": "static", "clusters": [{"name": name, "podCIDRs": pods, "serviceCIDRs": services}]})
+}
+
+/// Writes a file as a careful writer does: beside it, then renamed.
+fn write(path: &Path, content: &Value) -> Outcome<()> {
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    let next = dir.join(".next");
+    fs::create_dir_all(dir)
+        .and_then(|()| fs::write(&next, content.to_string()))
+        .and_then(|()| fs::set_permissions(&next, fs::Permissions::from_mode(0o644)))
+        .and_then(|()| fs::rename(&next, path))
+        .map_err(|err| format!("{}: {err}", path.display()))
+}
+
+/// The plugins of a list, by type.
+fn types(list: &str) -> String {
+    let list: Value = serde_json::from_str(list).unwrap_or_default();
+    let types = list["plugins"].as_array().into_iter().flatten().filter_map(|plugin| plugin["type"].as_str());
+    types.collect::<Vec<_>>().join(", ")
 }
 
 fn first_line(text: &str) -> &str {

@@ -1,4 +1,4 @@
-//! The test kit's program: `crosslink-testkit demo DIR` shows the plugin in `DIR` at work.
+//! The test kit's program: `crosslink-testkit demo DIR` shows plugin and agent in `DIR` at work.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for a terminal")]
 
 mod demo;
@@ -11,7 +11,7 @@ fn main() -> ExitCode {
     match args.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
         ["demo", dir] => demo::run(PathBuf::from(dir)),
         _ => {
-            eprintln!("usage: crosslink-testkit demo DIRECTORY_OF_THE_PLUGIN");
+            eprintln!("usage: crosslink-testkit demo DIRECTORY_OF_PLUGIN_AND_AGENT");
             ExitCode::from(2)
         }
     }

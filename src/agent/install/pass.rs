@@ -116,8 +116,13 @@ impl Installer {
 
     fn locked(&mut self, now: Instant, report: &mut Report) -> Result<(), Trouble> {
         let _lock = lock::take(&self.plan.lib_dir, LOCK).map_err(Trouble::config)?;
-        let identity = self.identity()?;
         let before = Claim::read(&self.plan.lib_dir);
+        if self.plan.mode == CniMode::None && before.is_none() {
+            // Somebody else installs, and nothing of ours is here: nothing is written.
+            report.config = Config::Ready(Place::default());
+            return Ok(());
+        }
+        let identity = self.identity()?;
         let mut claim = before.clone().unwrap_or_else(|| Claim::new(identity.clone()));
         let standing = claim.standing(&identity, !self.started);
         match standing {
@@ -129,7 +134,9 @@ impl Installer {
             Standing::Superseded => report.passive = Some("an agent that started later installs"),
             Standing::Owner => self.own(&mut claim, before.as_ref(), identity)?,
         }
-        self.keep_binary(standing, now, report)?;
+        if self.plan.mode != CniMode::None {
+            self.keep_binary(standing, now, report)?;
+        }
         let mut chain = Chain { plan: &self.plan, claim: &mut claim, losses: &mut self.losses, report, standing, now };
         let kept = Self::keep_config(&mut chain, &mut self.unsettled, &mut self.active)?;
         if let Config::Ready(place) = &kept {

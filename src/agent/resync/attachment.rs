@@ -84,8 +84,10 @@ pub enum Outcome {
     Collected,
     /// The plugin works on it.
     Busy,
-    /// The sandbox cannot be seen from here.
+    /// The sandbox cannot be seen from here, because of how the agent is mounted.
     Hidden(String),
+    /// The runtime has unmounted the path of a sandbox that is alive.
+    Unmounted(String),
     /// A newer version's record.
     Newer(u64),
     /// Something went wrong.
@@ -158,7 +160,7 @@ fn gone(record: &Record, why: &KernelError, env: &Env<'_>, kernel: &mut System) 
     }
     if is_alive(record, kernel)? {
         let text = format!("sandbox {} was unmounted, but its veth is alive", record.netns.path.display());
-        return Ok(Outcome::Hidden(text));
+        return Ok(Outcome::Unmounted(text));
     }
     // Somebody may have added the same attachment anew meanwhile.
     match env.records.read(&record.container_id, &record.ifname) {

@@ -148,7 +148,7 @@ impl Keeper {
         if self.owed.is_empty() {
             self.generation = inputs.generation;
         }
-        self.report(started);
+        self.report(started, &propagation);
         Passed { again: !self.owed.is_empty() || self.known.values().any(is_unsettled) }
     }
 
@@ -181,7 +181,12 @@ impl Keeper {
                 self.metrics.failures.inc();
                 tracing::warn!(container_id, ifname, "{why}");
             }
-            Outcome::InStep(_) | Outcome::NotOurs | Outcome::Busy | Outcome::Hidden(_) | Outcome::Newer(_) => {}
+            Outcome::InStep(_)
+            | Outcome::NotOurs
+            | Outcome::Busy
+            | Outcome::Hidden(_)
+            | Outcome::Unmounted(_)
+            | Outcome::Newer(_) => {}
         }
         match outcome {
             Outcome::Collected => drop(self.known.remove(&key)),
@@ -196,7 +201,7 @@ impl Keeper {
         })
     }
 
-    fn report(&self, started: Instant) {
+    fn report(&self, started: Instant, propagation: &Propagation) {
         let routes: usize = self.steps().map(|step| step.routes).sum();
         self.metrics.attachments.set(i64::try_from(self.known.len()).unwrap_or(i64::MAX));
         self.metrics.routes.set(i64::try_from(routes).unwrap_or(i64::MAX));
@@ -215,11 +220,12 @@ impl Keeper {
             }),
         );
         let hidden = self.known.values().find_map(|outcome| match outcome {
-            Outcome::Hidden(text) if !self.netns_dir.is_dir() || text.contains("HostToContainer") => Some(text),
+            Outcome::Hidden(text) => Some(text.clone()),
             _ => None,
         });
+        let hidden = propagation.blocks(&self.netns_dir).or(hidden);
         match hidden {
-            Some(text) => self.board.ill(PART, text.clone()),
+            Some(text) => self.board.ill(PART, text),
             None => self.board.well(PART),
         }
     }
@@ -228,7 +234,7 @@ impl Keeper {
 /// Whether another try soon may do better.
 const fn is_unsettled(outcome: &Outcome) -> bool {
     match outcome {
-        Outcome::Busy | Outcome::Failed(_) | Outcome::Hidden(_) => true,
+        Outcome::Busy | Outcome::Failed(_) | Outcome::Hidden(_) | Outcome::Unmounted(_) => true,
         Outcome::InStep(step) => step.unwritten.is_some(),
         Outcome::NotOurs | Outcome::Collected | Outcome::Newer(_) => false,
     }
@@ -238,7 +244,7 @@ fn finding((key, outcome): (&Key, &Outcome)) -> Option<Finding> {
     let named = |id, text: &str| Some(Finding::new(id, format!("{} {}: {text}", key.container_id, key.ifname)));
     match outcome {
         Outcome::Failed(why) => named(Id::Resync, why),
-        Outcome::Hidden(why) => named(Id::NetnsHidden, why),
+        Outcome::Hidden(why) | Outcome::Unmounted(why) => named(Id::NetnsHidden, why),
         Outcome::Newer(version) => named(Id::RecordNewer, &format!("version {version}")),
         Outcome::InStep(InStep { unwritten: Some(why), .. }) => named(Id::State, why),
         Outcome::InStep(_) | Outcome::NotOurs | Outcome::Collected | Outcome::Busy => None,

@@ -91,6 +91,7 @@ pub async fn run(context: Context) -> anyhow::Result<()> {
     files::make_private_dir(&context.settings.state_dir())?;
     if !context.settings.resync {
         context.board.well(PART);
+        context.board.facts(PART, serde_json::json!({ "off": true }));
         context.stop.cancelled().await;
         return Ok(());
     }

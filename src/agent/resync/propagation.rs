@@ -42,6 +42,17 @@ impl Propagation {
             .is_some_and(|(_, (_, a))| *a)
     }
 
+    /// Why no new sandbox will ever be seen in a directory: it was mounted into the agent without propagation.
+    pub fn blocks(&self, dir: &Path) -> Option<String> {
+        let mounted = self.mounts.iter().any(|(point, _)| point == dir);
+        (mounted && !self.arrives(dir)).then(|| {
+            format!(
+                "mounts of the runtime do not reach {0}: mount {0} with mountPropagation HostToContainer",
+                dir.display()
+            )
+        })
+    }
+
     /// Why a sandbox that cannot be entered may be alive all the same.
     pub fn hides(&self, path: &Path, why: &KernelError) -> Option<String> {
         let dir = path.parent()?;
@@ -90,6 +101,10 @@ mod tests {
             ("/elsewhere", true),
         ] {
             assert_eq!(mounts.arrives(Path::new(dir)), arrives, "{dir}");
+        }
+        for (dir, blocked) in [("/run/netns", true), ("/run/netns/deeper", false), ("/run/slave", false), ("/x", false)]
+        {
+            assert_eq!(mounts.blocks(Path::new(dir)).is_some(), blocked, "{dir}");
         }
         assert!(!Propagation::parse("").arrives(Path::new("/run/netns")));
         assert!(!Propagation::parse("nonsense\n1 2 3\n").arrives(Path::new("/run/netns")));

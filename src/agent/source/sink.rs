@@ -178,12 +178,16 @@ impl Sink {
                 self.metrics.errors.inc();
                 findings.insert(0, Finding::new(Id::Source, format!("source {}: {why}", self.kind.name())));
                 self.board.ill(&part, why.as_str());
+                // What it said before is in force: the node is as ready as it was.
+                if self.store.as_ref().is_some_and(|store| store.generation() > 0) {
+                    self.heard();
+                }
             }
             // Before that it is neither well nor ill.
             None if !read => {}
             None => {
                 self.board.well(&part);
-                self.silent.send_if_modified(|silent| silent.remove(&self.kind));
+                self.heard();
             }
         }
         let more = findings.len().saturating_sub(FINDINGS);
@@ -193,5 +197,9 @@ impl Sink {
             findings.push(Finding::new(Id::SourceObject, text));
         }
         self.board.findings(&part, findings);
+    }
+
+    fn heard(&self) {
+        self.silent.send_if_modified(|silent| silent.remove(&self.kind));
     }
 }

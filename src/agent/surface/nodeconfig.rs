@@ -100,14 +100,16 @@ struct Content {
 }
 
 impl Content {
-    /// From the board. The part `resync` tells as facts how many `attachments` and `routes` there are, and which
-    /// `generation` of the inputs they are of; `wanted`, where another one is to be applied.
+    /// From the board. The part `inputs` tells as facts which `generation` is wanted, the part `resync` which one running
+    /// pods have, and how many `attachments` and `routes` there are.
     fn new(board: &Snapshot) -> Self {
         let number = |part: &str, key: &str| {
             board.facts.get(part).and_then(|facts| facts.get(key)).and_then(Value::as_i64).filter(|number| *number >= 0)
         };
-        let applied = number("resync", "generation").unwrap_or_default();
-        let generation = number("inputs", "generation").or_else(|| number("resync", "wanted")).unwrap_or(applied);
+        let generation = number("inputs", "generation").unwrap_or_default();
+        // Where running pods are not to follow, there is nothing to wait for.
+        let off = board.facts.get("resync").is_some_and(|facts| facts.get("off").is_some());
+        let applied = if off { generation } else { number("resync", "generation").unwrap_or_default() };
         let parts = board.parts.iter().take(PARTS).map(|(name, health)| NodePart {
             name: name.clone(),
             ok: health.ok,
@@ -248,7 +250,10 @@ mod tests {
         let mut board = Snapshot {
             parts: BTreeMap::from([("install".to_owned(), health(true, ""))]),
             findings: BTreeMap::from([("facts".to_owned(), vec![Finding::new(Id::CidrLocal, "10.0.0.0/8")])]),
-            facts: BTreeMap::from([("resync".to_owned(), json!({ "attachments": 3, "routes": 12, "generation": 7 }))]),
+            facts: BTreeMap::from([
+                ("inputs".to_owned(), json!({ "generation": 7 })),
+                ("resync".to_owned(), json!({ "attachments": 3, "routes": 12, "generation": 7 })),
+            ]),
         };
         let content = Content::new(&board);
         assert_eq!(content.spec.generation, 7);
