@@ -117,12 +117,12 @@ fn show(ui: &Ui, plugins: &Path) -> Outcome<()> {
     let stage = Stage::build(ui, plugins)?;
     let remote = stage.remote_pod(ui)?;
     stage.without_crosslink(ui, &remote)?;
-    let agent = stage.start_agent(ui)?;
+    let mut agent = stage.start_agent(ui)?;
     let (pods, runner) = stage.with_crosslink(ui)?;
-    let [(pod, attachment), ..] = pods.as_slice() else { return Err("no pod".to_owned()) };
+    let [(pod, _), ..] = pods.as_slice() else { return Err("no pod".to_owned()) };
     stage.traffic(ui, pod, &remote)?;
     stage.follow(ui, &pods)?;
-    stage.check(ui, pod, attachment, &runner)?;
+    stage.check(ui, &mut agent, &pods, &runner)?;
     let attachments: Vec<&Attachment> = pods.iter().map(|(_, attachment)| attachment).collect();
     stage.delete(ui, &remote, &attachments, &runner)?;
     stage.uninstall(ui, agent)
@@ -307,15 +307,31 @@ impl Stage {
         Ok(())
     }
 
-    fn check(&self, ui: &Ui, pod: &Pod, attachment: &Attachment, runner: &Runner) -> Outcome<()> {
-        ui.step("A route is broken by hand, and CHECK");
+    fn check(&self, ui: &Ui, agent: &mut Agent, pods: &[(Pod, Attachment)], runner: &Runner) -> Outcome<()> {
+        let Some((pod, attachment)) = pods.first() else { return Ok(()) };
+        ui.step("A route is broken by hand while no agent runs, and CHECK");
         runner.check(attachment).map_err(|failure| failure.msg())?;
         ui.good("CHECK finds everything as it was made");
+        agent.stop()?;
+        ui.must(pod, "pod-a", "ip route del 172.111.0.0/16")?;
+        match runner.check(attachment) {
+            Ok(()) => return Err("CHECK did not notice".to_owned()),
+            Err(failure) if failure.msg().contains("172.111.0.0/16") => {
+                let (code, msg) = (failure.code().unwrap_or(0), failure.msg());
+                ui.good(&format!("CHECK fails with code {code}: {}", msg.lines().next().unwrap_or_default()));
+            }
+            Err(failure) => return Err(failure.msg()),
+        }
         let watch = agent::watch_route(pod, "172.111.0.0/16", false)?;
         let started = Instant::now();
-        ui.must(pod, "pod-a", "ip route del 172.111.0.0/16")?;
+        agent.resume(&self.clusters.a1)?;
         let back = agent::last(vec![watch], started)?;
-        ui.good(&format!("the agent has put it back after {:.1} ms", back.as_secs_f64() * 1e3));
+        ui.good(&format!("the next agent has put it back {:.0} ms after its start", back.as_secs_f64() * 1e3));
+        let watch = agent::watch_route(pod, "172.111.0.0/16", false)?;
+        ui.must(pod, "pod-a", "ip route del 172.111.0.0/16")?;
+        let started = Instant::now();
+        let back = agent::last(vec![watch], started)?;
+        ui.good(&format!("deleted again, it is back after {:.0} ms", back.as_secs_f64() * 1e3));
         runner.check(attachment).map_err(|failure| failure.msg())?;
         ui.good("CHECK agrees");
         Ok(())
@@ -383,12 +399,8 @@ fn write(path: &Path, content: &Value) -> Outcome<()> {
 /// The plugins of a list, by type.
 fn types(list: &str) -> String {
     let list: Value = serde_json::from_str(list).unwrap_or_default();
-    let types = list["plugins"].as_array().into_iter().flatten().filter_map(|plugin| plugin["type"].as_str());
-    types.collect::<Vec<_>>().join(", ")
-}
-
-fn first_line(text: &str) -> &str {
-    text.lines().next().unwrap_or_default()
+    let plugins = list.get("plugins").and_then(Value::as_array).into_iter().flatten();
+    plugins.filter_map(|plugin| plugin.get("type")?.as_str()).collect::<Vec<_>>().join(", ")
 }
 
 /// Makes a pod: a namespace, then the chain.

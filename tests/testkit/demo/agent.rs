@@ -15,10 +15,10 @@ const PATIENCE: Duration = Duration::from_secs(15);
 
 /// The running agent.
 pub struct Agent {
-    child: Child,
+    child: Option<Child>,
     flags: Vec<String>,
     program: PathBuf,
-    run: PathBuf,
+    dir: PathBuf,
     /// The main CNI's list before it was touched.
     pub before: String,
 }
@@ -41,21 +41,38 @@ impl Agent {
         ];
         let program = bin.join("crosslink-agent");
         fs::create_dir_all(dir.join("bin")).map_err(|err| err.to_string())?;
-        let log = File::create(dir.join("agent.log")).map_err(|err| err.to_string())?;
-        let mut command = Command::new(&program);
-        command.arg("run").args(&flags).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        let child = in_netns(node.path(), || command.spawn()).map_err(|err| format!("{}: {err}", program.display()))?;
-        let mut agent = Self { child, flags, program, run: dir.join("run"), before };
-        agent.wait_ready(&dir.join("agent.log"))?;
+        let mut agent = Self { child: None, flags, program, dir: dir.to_owned(), before };
+        agent.resume(node)?;
         Ok(agent)
     }
 
-    fn wait_ready(&mut self, log: &Path) -> Result<(), String> {
+    /// Starts it, again if it was stopped, and waits until it is ready.
+    pub fn resume(&mut self, node: &Netns) -> Result<(), String> {
+        let log = File::create(self.dir.join("agent.log")).map_err(|err| err.to_string())?;
+        let mut command = Command::new(&self.program);
+        command.arg("run").args(&self.flags).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let child = in_netns(node.path(), || command.spawn());
+        self.child = Some(child.map_err(|err| format!("{}: {err}", self.program.display()))?);
+        self.wait_ready()
+    }
+
+    /// Ends it as a kubelet does.
+    pub fn stop(&mut self) -> Result<(), String> {
+        let Some(mut child) = self.child.take() else { return Ok(()) };
+        let ended = Command::new("kill").arg(child.id().to_string()).status().map_err(|err| err.to_string())?;
+        let status = child.wait().map_err(|err| err.to_string())?;
+        match ended.success() && status.success() {
+            true => Ok(()),
+            false => Err(format!("the agent ended with {status}")),
+        }
+    }
+
+    fn wait_ready(&mut self) -> Result<(), String> {
         let started = Instant::now();
         while self.readiness().is_err() {
-            let ended = self.child.try_wait().map_err(|err| err.to_string())?;
+            let ended = self.child.as_mut().map(Child::try_wait).transpose().map_err(|err| err.to_string())?.flatten();
             if ended.is_some() || started.elapsed() > PATIENCE {
-                let log = fs::read_to_string(log).unwrap_or_default();
+                let log = fs::read_to_string(self.dir.join("agent.log")).unwrap_or_default();
                 return Err(format!("the agent is not ready: {}\n{log}", self.ask("readyz").unwrap_or_else(|why| why)));
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -64,7 +81,7 @@ impl Agent {
     }
 
     fn ask(&self, path: &str) -> Result<String, String> {
-        let socket = self.run.join("agent.sock");
+        let socket = self.dir.join("run").join("agent.sock");
         let url = format!("http://agent/{path}");
         let output =
             Command::new("curl").args(["-sS", "--unix-socket"]).arg(socket).args(["-w", "%{http_code}", &url]).output();
@@ -81,14 +98,9 @@ impl Agent {
 
     /// Stops the agent, which changes nothing, and takes everything back.
     pub fn uninstall(mut self, node: &Netns) -> Result<(), String> {
+        self.stop()?;
         let mut command = Command::new(&self.program);
         command.arg("uninstall").args(&self.flags).stdin(Stdio::null());
-        let pid = self.child.id().to_string();
-        let ended = Command::new("kill").arg(&pid).status().map_err(|err| err.to_string())?;
-        let status = self.child.wait().map_err(|err| err.to_string())?;
-        if !ended.success() || !status.success() {
-            return Err(format!("the agent ended with {status}"));
-        }
         let output = in_netns(node.path(), || command.output()).map_err(|err| err.to_string())?;
         match output.status.success() {
             true => Ok(()),
@@ -99,8 +111,10 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 
