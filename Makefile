@@ -43,9 +43,12 @@ unit: setup
 fences: build ## Check the plugin's dependencies, the layers, and the sizes of the binaries.
 	@tests/testkit/fences $(TARGET) dist/bin
 
-bench: setup ## Measure how soon running pods follow a change.
+bench: setup ## Measure how soon running pods follow a change, and the agent with 5,000 remote clusters.
 	$(CARGO) build --locked --profile agent -p crosslink --target $(TARGET)
-	$(CARGO) bench --locked --profile agent -p crosslink-agent --target $(TARGET)
+	$(CARGO) bench --locked --profile agent -p crosslink-agent --target $(TARGET) --bench live
+	@if [ -n "$$KUBEBUILDER_ASSETS" ]; then $(CARGO) test --locked --profile agent -p crosslink-agent --target $(TARGET) \
+	    --test agent_source_many five_thousand -- --nocapture; \
+	else echo "KUBEBUILDER_ASSETS is not set: the agent with 5,000 remote clusters was not measured"; fi
 
 deny: setup ## Check licences, duplicate and banned dependencies, and advisories where they can be fetched.
 	@tests/testkit/deny

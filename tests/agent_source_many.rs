@@ -90,7 +90,9 @@ fn five_thousand_clusters() {
     );
     let (rss, anon) = (memory(agent.pid(), "VmRSS:"), memory(agent.pid(), "RssAnon:"));
     println!("VmRSS {rss} KiB, of which anonymous {anon} KiB, peak {} KiB", memory(agent.pid(), "VmHWM:"));
-    assert!(anon < FENCE, "{anon} KiB");
+    // A debug build maps more than 20 MB of itself; what it allocates is what counts there.
+    let counted = if cfg!(debug_assertions) { anon } else { rss };
+    assert!(counted < FENCE, "{counted} KiB");
     // Settled long ago, it does not write.
     let generation = agent.generation("cluster");
     objects.cluster("one-more", &["192.168.0.0/24"], &[]);
