@@ -1,5 +1,4 @@
 //! Settings of the agent: three spellings, one meaning; every fault is named; the README tells all of them.
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test that cannot go on fails")]
 
 use std::{path::Path, process::Command};
 

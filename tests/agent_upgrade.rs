@@ -1,5 +1,5 @@
 //! Upgrade and rollback of agent and plugin while pods come and go.
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test that cannot go on fails")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "a test that cannot go on fails")]
 
 #[path = "support/agent.rs"]
 mod agent;
@@ -35,6 +35,15 @@ fn another_build(dir: &Path) -> PathBuf {
     path
 }
 
+/// Ends the pods' lives, also where the test fails.
+struct End<'d>(&'d AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// One pod's life, over and over.
 fn live(crowd: &Crowd, place: usize, done: &AtomicBool, lives: &AtomicUsize) {
     while !done.load(Ordering::Relaxed) {
@@ -48,72 +57,85 @@ fn live(crowd: &Crowd, place: usize, done: &AtomicBool, lives: &AtomicUsize) {
     }
 }
 
+/// A node whose main CNI has a list, and whose pods call what the agent installs.
+struct Rollout {
+    crowd: Crowd,
+    conf: PathBuf,
+}
+
+impl Rollout {
+    fn new(pods: usize) -> Self {
+        let mut crowd = Crowd::new(pods);
+        crowd.site.cluster("cluster-b", &["172.111.0.0/16"], &[]);
+        let conf = crowd.site.dir.join("net.d");
+        let bins = crowd.site.dir.join("bin");
+        for dir in [&conf, &bins] {
+            fs::create_dir_all(dir).unwrap();
+        }
+        let plugins = json!([{ "type": "ptp", "ipam": { "type": "host-local" } }]);
+        let list = json!({ "cniVersion": "1.0.0", "name": "pods", "plugins": plugins });
+        fs::write(conf.join("10-ptp.conflist"), list.to_string()).unwrap();
+        crowd.plugin = bins.join("crosslink");
+        Self { crowd, conf }
+    }
+
+    /// Starts an agent that installs a plugin.
+    fn start(&self, plugin: &Path) -> Agent {
+        let flags = [
+            "--cni-mode=insert".to_owned(),
+            format!("--cni-conf-dir={}", self.conf.display()),
+            format!("--cni-bin-dir={}", self.crowd.plugin.parent().unwrap().display()),
+            format!("--plugin={}", plugin.display()),
+        ];
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        Agent::start(self.crowd.node.path(), &self.crowd.site, &flags)
+    }
+
+    /// Waits until it is installed.
+    fn installed(&self, plugin: &Path) {
+        let wanted = fs::read(plugin).unwrap();
+        let same = || fs::read(&self.crowd.plugin).is_ok_and(|bytes| bytes == wanted);
+        wait_until("the plugin of the agent is installed", PATIENCE, same);
+    }
+}
+
 #[test]
 fn upgrade_and_rollback_fail_no_pod_and_leave_no_orphan() {
     const WORKERS: usize = 3;
-    let mut crowd = Crowd::new(WORKERS + 1);
-    crowd.site.cluster("cluster-b", &["172.111.0.0/16"], &[]);
-    let place = |name: &str| crowd.site.dir.join(name);
-    let (conf, bins, old, new) = (place("net.d"), place("bin"), bin(), another_build(&place("new")));
-    let plugins = json!([{ "type": "ptp", "ipam": { "type": "host-local" } }]);
-    for dir in [&conf, &bins] {
-        fs::create_dir_all(dir).unwrap();
-    }
-    let list = json!({ "cniVersion": "1.0.0", "name": "pods", "plugins": plugins });
-    fs::write(conf.join("10-ptp.conflist"), list.to_string()).unwrap();
-    crowd.plugin = bins.join("crosslink");
-    let flags = |plugin: &Path| {
-        vec![
-            "--cni-mode=insert".to_owned(),
-            format!("--cni-conf-dir={}", conf.display()),
-            format!("--cni-bin-dir={}", bins.display()),
-            format!("--plugin={}", plugin.display()),
-        ]
-    };
-    let start = |plugin: &Path| {
-        let flags = flags(plugin);
-        Agent::start(crowd.node.path(), &crowd.site, &flags.iter().map(String::as_str).collect::<Vec<_>>())
-    };
-    let installed = |plugin: &Path| {
-        let same = || fs::read(&crowd.plugin).is_ok_and(|bytes| bytes == fs::read(plugin).unwrap());
-        wait_until("the plugin of the agent is installed", PATIENCE, same);
-    };
-    let mut agent = start(&old);
-    installed(&old);
+    let rollout = Rollout::new(WORKERS + 1);
+    let crowd = &rollout.crowd;
+    let (old, new) = (bin(), another_build(&crowd.site.dir.join("new")));
+    let mut agent = rollout.start(&old);
+    rollout.installed(&old);
     assert!(crowd.call(WORKERS, "ADD", json!({})).ok());
     let (done, lives) = (AtomicBool::new(false), AtomicUsize::new(0));
     let ends: Vec<_> = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..WORKERS)
-            .map(|place| {
-                scope.spawn({
-                    let (crowd, done, lives) = (&crowd, &done, &lives);
-                    move || live(crowd, place, done, lives)
-                })
-            })
-            .collect();
+        let (done, lives) = (&done, &lives);
+        let workers: Vec<_> = (0..WORKERS).map(|place| scope.spawn(move || live(crowd, place, done, lives))).collect();
+        let end = End(done);
         for (turn, plugin) in [&new, &old, &new, &old].into_iter().enumerate() {
             let before = lives.load(Ordering::Relaxed);
             // A rollout stops the old agent first; every other time both run for a while.
             if turn % 2 == 0 {
                 assert!(agent.stop().success());
-                agent = start(plugin);
+                agent = rollout.start(plugin);
             } else {
-                let next = start(plugin);
-                installed(plugin);
+                let next = rollout.start(plugin);
+                rollout.installed(plugin);
                 assert!(std::mem::replace(&mut agent, next).stop().success());
             }
-            installed(plugin);
+            rollout.installed(plugin);
             crowd.site.cluster("cluster-c", &[&format!("10.{turn}.0.0/16")], &[]);
             wait_until("pods came and went", PATIENCE, || lives.load(Ordering::Relaxed) > before + WORKERS);
         }
-        done.store(true, Ordering::Relaxed);
-        workers.into_iter().map(|worker| worker.join()).collect()
+        drop(end);
+        workers.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
     });
     ends.into_iter().for_each(|end| end.unwrap());
     let expected: BTreeSet<String> = ["10.3.0.0/16", "172.111.0.0/16"].map(str::to_owned).into();
     wait_until("the pod that stayed has followed", PATIENCE, || crowd.routes(WORKERS) == expected);
     assert!(crowd.call(WORKERS, "DEL", json!({})).ok());
     assert_eq!(crowd.site.records(), Vec::<Value>::new());
-    let text = fs::read_to_string(conf.join("10-ptp.conflist")).unwrap();
+    let text = fs::read_to_string(rollout.conf.join("10-ptp.conflist")).unwrap();
     assert_eq!(text.matches("\"crosslink\"").count(), 1, "{text}");
 }

@@ -3,7 +3,7 @@
 //! `NETLINK_LISTEN_ALL_NSID` (Linux 4.2) also delivers the notifications of namespaces that have a number in ours. Unlike a
 //! socket in each sandbox it keeps none of them alive: a deleted sandbox must go at once, with its addresses.
 
-use std::{io::IoSliceMut, os::fd::AsRawFd};
+use std::{io::IoSliceMut, net::IpAddr, os::fd::AsRawFd};
 
 use crosslink_core::numbers::{PROTOCOL, RULE_PODS, TABLE_MAIN, TABLE_PODS, VethNames};
 use netlink_packet_core::NetlinkBuffer;
@@ -29,10 +29,14 @@ const DATAGRAM: usize = 32 * 1024;
 const NSID_MESSAGE: (libc::c_int, libc::c_int) = (270, 8);
 
 /// Where something changed that is, or may be, ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Changed {
-    /// In the node's own namespace.
-    Node,
+    /// A rule of ours on the node.
+    Rules,
+    /// The node's end of an attachment's veth, by name.
+    Link(String),
+    /// The node's route to an underlay pod, by the pod's address.
+    Host(IpAddr),
     /// In the sandbox of this number (see [`crate::System::number`]).
     Sandbox(u32),
     /// Notifications were lost: anything may have changed.
@@ -105,7 +109,7 @@ impl Listener {
         let Ok(message) = NetlinkBuffer::new_checked(bytes) else { return Ok(None) };
         let seen = Received { kind: message.message_type(), payload: message.payload() };
         Ok(match sandbox {
-            None => concerns_node(seen).then_some(Changed::Node),
+            None => on_node(seen),
             Some(number) => concerns_pod(seen).then_some(Changed::Sandbox(number)),
         })
     }
@@ -128,13 +132,17 @@ fn concerns_pod(seen: Received<'_>) -> bool {
 }
 
 /// On the node only what is ours counts: it is busy with much else.
-fn concerns_node(seen: Received<'_>) -> bool {
+fn on_node(seen: Received<'_>) -> Option<Changed> {
     match seen.kind {
-        libc::RTM_DELROUTE => table_and_protocol(seen).is_some_and(|(table, _)| table == TABLE_PODS),
-        libc::RTM_DELRULE => decode::rule(seen).is_some_and(|rule| rule.priority == RULE_PODS),
-        libc::RTM_NEWLINK | libc::RTM_DELLINK => {
-            decode::link(seen).is_ok_and(|link| VethNames::is_node_end(&link.name))
+        libc::RTM_DELROUTE => {
+            let gone = decode::route(seen, &|_| String::new())?;
+            (gone.route.table == TABLE_PODS).then(|| Changed::Host(gone.route.dst.addr()))
         }
-        _ => false,
+        libc::RTM_DELRULE => decode::rule(seen).filter(|rule| rule.priority == RULE_PODS).map(|_| Changed::Rules),
+        libc::RTM_NEWLINK | libc::RTM_DELLINK => {
+            let link = decode::link(seen).ok()?;
+            VethNames::is_node_end(&link.name).then_some(Changed::Link(link.name))
+        }
+        _ => None,
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    net::IpAddr,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -60,6 +61,8 @@ pub struct InStep {
     pub changes: usize,
     /// The node's number for the sandbox.
     pub number: Option<u32>,
+    /// The pod's addresses.
+    pub addresses: Vec<IpAddr>,
     /// Inode and time of the record, by which a later one is told.
     pub stamp: Option<Stamp>,
     /// What the record notes.
@@ -114,7 +117,7 @@ fn try_sync(key: &Key, env: &Env<'_>) -> Result<Outcome, KernelError> {
     let before = stamp(&path);
     let mut record = match read(key, env) {
         Ok(record) => record,
-        Err(outcome) => return Ok(outcome),
+        Err(outcome) => return Ok(*outcome),
     };
     let mut kernel = System::new()?;
     let id = match kernel.enter(&record.netns.path, LOCK_WAIT) {
@@ -127,7 +130,7 @@ fn try_sync(key: &Key, env: &Env<'_>) -> Result<Outcome, KernelError> {
     if now != before {
         record = match read(key, env) {
             Ok(record) => record,
-            Err(outcome) => return Ok(outcome),
+            Err(outcome) => return Ok(*outcome),
         };
     }
     if !record.netns.same(&id) {
@@ -144,13 +147,14 @@ fn try_sync(key: &Key, env: &Env<'_>) -> Result<Outcome, KernelError> {
     Ok(converge(record, step, env, kernel))
 }
 
-fn read(key: &Key, env: &Env<'_>) -> Result<Record, Outcome> {
-    match env.records.read(&key.container_id, &key.ifname) {
+fn read(key: &Key, env: &Env<'_>) -> Result<Record, Box<Outcome>> {
+    let read = match env.records.read(&key.container_id, &key.ifname) {
         Ok(Some(record)) if record.version > VERSION => Err(Outcome::Newer(record.version)),
         Ok(Some(record)) => Ok(record),
         Ok(None) => Err(Outcome::NotOurs),
         Err(why) => Err(Outcome::Failed(why)),
-    }
+    };
+    read.map_err(Box::new)
 }
 
 /// A sandbox that is not where it was.
@@ -209,6 +213,8 @@ fn converge(record: Record, mut step: InStep, env: &Env<'_>, mut kernel: System)
         }
     }
     step.findings = made.findings;
+    let addresses = facts.iter().flat_map(|(pod, _)| &pod.addresses);
+    step.addresses = addresses.map(|address| address.addr).collect();
     if other.is_none() {
         let path = env.records.path(&asked.container_id, &asked.ifname);
         step.quick = facts.map(|(pod, node)| Arc::new(Quick { asked, id, pod, node, record: (path, step.stamp) }));

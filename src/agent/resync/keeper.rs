@@ -10,9 +10,10 @@ use std::{
 use crosslink_core::{
     delta::Delta,
     finding::{Finding, Id},
+    numbers::VethNames,
     record::parse_file_name,
 };
-use crosslink_kernel::records::Records;
+use crosslink_kernel::{notify::Changed, records::Records};
 use tokio::sync::watch;
 
 use crate::{board::Board, context::Context, inputs::Inputs};
@@ -73,12 +74,17 @@ impl Keeper {
         self.inputs.has_changed().unwrap_or(false)
     }
 
-    /// The attachments in the sandbox of a number.
-    pub fn owner(&self, number: u32) -> Option<Vec<Key>> {
-        let in_it = |outcome: &Outcome| matches!(outcome, Outcome::InStep(step) if step.number == Some(number));
-        let keys: Vec<Key> =
-            self.known.iter().filter(|(_, outcome)| in_it(outcome)).map(|(key, _)| key.clone()).collect();
-        (!keys.is_empty()).then_some(keys)
+    /// The attachments that a change is about. One that is not known yet has a record coming.
+    pub fn owners(&self, changed: &Changed) -> Vec<Key> {
+        let step =
+            |outcome: &Outcome, test: &dyn Fn(&InStep) -> bool| matches!(outcome, Outcome::InStep(step) if test(step));
+        let about = |key: &Key, outcome: &Outcome| match changed {
+            Changed::Sandbox(number) => step(outcome, &|step| step.number == Some(*number)),
+            Changed::Link(name) => VethNames::of(&key.container_id, &key.ifname).node == *name,
+            Changed::Host(addr) => step(outcome, &|step| step.addresses.contains(addr)),
+            Changed::Rules | Changed::Lost => true,
+        };
+        self.known.iter().filter(|(key, outcome)| about(key, outcome)).map(|(key, _)| key.clone()).collect()
     }
 
     /// Whether a record is another than the one that we know.

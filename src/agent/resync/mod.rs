@@ -152,10 +152,10 @@ async fn gather(events: &mut mpsc::Receiver<Event>, keeper: &Keeper) -> Which {
         // The threads that send live as long as the process.
         let Some(event) = event else { return std::future::pending().await };
         match event {
-            Event::All | Event::Kernel(Changed::Lost | Changed::Node) => all = true,
-            Event::Kernel(Changed::Sandbox(number)) => match keeper.owner(number) {
-                Some(found) => keys.extend(found),
-                None => continue,
+            Event::All | Event::Kernel(Changed::Lost | Changed::Rules) => all = true,
+            Event::Kernel(changed) => match keeper.owners(&changed) {
+                found if found.is_empty() => continue,
+                found => keys.extend(found),
             },
             Event::Record(key) if keeper.is_news(&key) => drop(keys.insert(key)),
             Event::Record(_) => continue,
