@@ -103,7 +103,8 @@ fn learned_routes_become_a_remotes_file_and_leave_it() {
         + &statics("later", "ipv4", &["10.246.0.0/16"])
         + &statics("six", "ipv6", &["fd00:245::/64"]);
     let agent = in_netns(node.path(), || {
-        let agent = Agent::new("none".as_ref(), "kernel", &["--empty-hold-seconds", "1"]);
+        let agent =
+            Agent::new("none".as_ref(), "kernel", &["--empty-hold-seconds", "1", "--pod-cidrs", "10.42.0.0/16"]);
         agent.node(json!({"podCIDRs": ["10.244.0.0/16"], "serviceCIDRs": ["10.96.0.0/16"]}));
         agent
     });

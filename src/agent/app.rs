@@ -143,8 +143,11 @@ async fn first_failure(parts: &mut JoinSet<anyhow::Result<()>>) -> anyhow::Error
     }
 }
 
+/// Tries everything, and asks no API server: the node may be about to leave its cluster.
 async fn uninstall(settings: Settings) -> anyhow::Result<()> {
-    let (context, _notes) = context(settings).await?;
-    install::uninstall(&context).await.context("install")?;
-    traffic::uninstall(&context).await.context("traffic")
+    let (context, _notes) = context(Settings { kubeconfig: Kubeconfig::None, ..settings }).await?;
+    let done =
+        [install::uninstall(&context).await.context("install"), traffic::uninstall(&context).await.context("traffic")];
+    let faults: Vec<String> = done.into_iter().filter_map(Result::err).map(|err| format!("{err:#}")).collect();
+    if faults.is_empty() { Ok(()) } else { Err(anyhow::Error::msg(faults.join("\n"))) }
 }

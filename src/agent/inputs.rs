@@ -2,6 +2,7 @@
 //! them. One watcher serves all parts.
 
 use std::{
+    fmt::Write as _,
     path::Path,
     sync::{Arc, OnceLock},
     time::Duration,
@@ -31,7 +32,7 @@ const LOOK_BLIND: Duration = Duration::from_secs(1);
 /// Remotes files and `node.json`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Inputs {
-    /// Counts the states that were told, from 1.
+    /// Identifies the content: equal for equal files, also after a restart.
     pub generation: u64,
     /// The remotes files.
     pub remotes: Remotes,
@@ -49,7 +50,15 @@ impl Inputs {
         let (node, node_finding) = files::read_node(node_file);
         let remotes = files::read_remotes(remotes_dir);
         let merged = merge(&remotes.files, node.cluster_name.as_deref());
-        Self { generation: 1, remotes, merged, node, node_finding }
+        Self { generation: 0, remotes, merged, node, node_finding }.identified()
+    }
+
+    fn identified(mut self) -> Self {
+        let mut digest = Digest::default();
+        // Writing to a digest cannot fail.
+        let _ = write!(digest, "{:?} {:?}", self.remotes, self.node);
+        self.generation = digest.value();
+        self
     }
 
     /// What was refused or contested, in the order in which ADD notes it.
@@ -60,7 +69,8 @@ impl Inputs {
     /// Lets what a file, also `node.json`, said before stand in where it is there but cannot be used and has no last good copy: somebody may
     /// be writing it at this moment, and running pods must not lose routes over that.
     fn stand_in(mut self, before: &Self) -> Self {
-        let known = before.remotes.files.iter().filter(|file| self.remotes.lost.contains(&file.file));
+        let unknown = |name: &String| self.remotes.unreadable || self.remotes.lost.contains(name);
+        let known = before.remotes.files.iter().filter(|file| unknown(&file.file));
         let known: Vec<RemotesFile> = known.cloned().collect();
         if !known.is_empty() {
             self.remotes.files.extend(known);
@@ -71,7 +81,29 @@ impl Inputs {
             self.node = before.node.clone();
             self.merged = merge(&self.remotes.files, self.node.cluster_name.as_deref());
         }
-        self
+        self.identified()
+    }
+}
+
+/// FNV-1a (64 bits, by Fowler, Noll and Vo), of which 53 are kept: JSON numbers are exact up to there.
+struct Digest(u64);
+
+impl Default for Digest {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Digest {
+    const fn value(&self) -> u64 {
+        self.0 >> 11
+    }
+}
+
+impl std::fmt::Write for Digest {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        self.0 = text.bytes().fold(self.0, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+        Ok(())
     }
 }
 
@@ -94,12 +126,10 @@ fn start(settings: &Settings, board: Board) -> watch::Receiver<Arc<Inputs>> {
     std::thread::spawn(move || {
         while !sender.is_closed() {
             wait(&mut dirs);
-            let mut now = Inputs::read(&remotes, &node).stand_in(&sender.borrow());
+            let now = Inputs::read(&remotes, &node).stand_in(&sender.borrow());
             let changed = sender.send_if_modified(|before| {
-                now.generation = before.generation;
                 let changed = **before != now;
                 if changed {
-                    now.generation = before.generation.wrapping_add(1);
                     *before = Arc::new(now);
                 }
                 changed
@@ -125,8 +155,14 @@ fn wait(dirs: &mut Dirs) {
     let longest = if dirs.sees() { LOOK } else { LOOK_BLIND };
     loop {
         let seen = dirs.wait(longest);
-        // Temporary files and last good copies change nothing by themselves.
-        let hidden = |seen: &Seen| matches!(seen, Seen::Name { name, .. } if name.as_encoded_bytes().starts_with(b"."));
+        // Temporary files and last good copies change nothing by themselves; "..data" is how a ConfigMap is renewed.
+        let hidden = |seen: &Seen| match seen {
+            Seen::Name { name, .. } => {
+                let name = name.as_encoded_bytes();
+                name.starts_with(b".") && !name.starts_with(b"..")
+            }
+            Seen::All => false,
+        };
         if seen.is_empty() || !seen.iter().all(hidden) {
             return;
         }

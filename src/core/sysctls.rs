@@ -6,6 +6,7 @@ use ipnet::IpNet;
 
 use crate::{
     model::Family,
+    node::addresses_from_kernel,
     traffic::{Facts, underlay_cidrs},
 };
 
@@ -28,16 +29,16 @@ pub fn changes(facts: Facts<'_>) -> Vec<(String, &'static str)> {
     for family in families(facts) {
         let name = if family == Family::V4 { "ipv4" } else { "ipv6" };
         let key = format!("{name}/conf/all/forwarding");
-        if value(&key) != "0" {
-            continue;
-        }
-        if family == Family::V6 {
+        // Also where it forwards already: the links may have come later.
+        if family == Family::V6 && matches!(value(&key), "0" | "1") {
             // A host that forwards takes no router advertisements unless told to (accept_ra 2), and would lose its
             // default route.
             let keys = node_links(facts).into_iter().map(|dev| format!("ipv6/conf/{dev}/accept_ra"));
             changes.extend(keys.filter(|key| value(key) == "1").map(|key| (key, "2")));
         }
-        changes.push((key, "1"));
+        if value(&key) == "0" {
+            changes.push((key, "1"));
+        }
     }
     // The stricter of `all` and the interface's does not count: the larger number does, and 1 is strict
     // (Documentation/networking/ip-sysctl.rst).
@@ -61,7 +62,11 @@ fn families(Facts { merged, node, .. }: Facts<'_>) -> impl Iterator<Item = Famil
 
 /// Links with an address of the node.
 fn node_links(Facts { node, state, .. }: Facts<'_>) -> BTreeSet<&str> {
-    let own = state.addresses.iter().filter(|address| node.addresses.contains(&address.net.addr()));
+    let known = match node.addresses.as_slice() {
+        [] => addresses_from_kernel(state).0,
+        known => known.to_vec(),
+    };
+    let own = state.addresses.iter().filter(|address| known.contains(&address.net.addr()));
     own.map(|address| address.dev.as_str()).collect()
 }
 

@@ -56,6 +56,19 @@ impl Work {
 
     /// Takes everything back. The record is left as it was before, or stays for DEL where something could not be undone.
     pub fn undo(&self, kernel: &mut dyn Kernel) {
+        let undone = self.take_back(kernel);
+        let restored = match &self.previous {
+            _ if !undone => Ok(()),
+            Some(previous) => self.records.write(previous),
+            None => self.records.remove(&self.container_id, &self.ifname),
+        };
+        if let Err(err) = restored {
+            log::error!("undo: {err}");
+        }
+    }
+
+    /// Takes back what was changed in the kernel; whether all of it could be.
+    pub fn take_back(&self, kernel: &mut dyn Kernel) -> bool {
         let mut refused = attachment::undo(&self.done, kernel);
         if let Some(previous) = &self.previous
             && self.done.iter().any(|change| change.inverse().is_none())
@@ -67,14 +80,7 @@ impl Work {
         for err in &refused {
             log::error!("undo: {err}");
         }
-        let restored = match &self.previous {
-            _ if !refused.is_empty() => Ok(()),
-            Some(previous) => self.records.write(previous),
-            None => self.records.remove(&self.container_id, &self.ifname),
-        };
-        if let Err(err) = restored {
-            log::error!("undo: {err}");
-        }
+        refused.is_empty()
     }
 }
 

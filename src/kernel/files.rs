@@ -60,6 +60,8 @@ pub struct Remotes {
     pub broken: bool,
     /// Names of files that are there but contribute nothing.
     pub lost: Vec<String>,
+    /// Whether the directory could not be read, so that nothing is known of its files.
+    pub unreadable: bool,
 }
 
 /// Reads every `*.json` of the directory. A missing directory means no remotes. A file that is refused is replaced by
@@ -70,6 +72,7 @@ pub fn read_remotes(dir: &Path) -> Remotes {
         Ok(names) => names,
         Err(why) => {
             remotes.broken = true;
+            remotes.unreadable = true;
             remotes.findings.push(Finding::new(Id::RemotesFile, format!("{}: {why}", dir.display())));
             return remotes;
         }

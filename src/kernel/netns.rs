@@ -94,6 +94,10 @@ impl Netns {
         let clone = || self.file.try_clone().map_err(|err| Error::file("lock sandbox", &self.path, &err));
         match Flock::lock(clone()?, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(lock),
+            // Nobody is left waiting: a process in the sandbox may hold the lock as long as it likes.
+            Err((_, Errno::EWOULDBLOCK)) if wait.is_zero() => {
+                return Err(Error::Locked { path: self.path.clone(), seconds: 0 });
+            }
             Err((_, Errno::EWOULDBLOCK)) => {}
             Err((_, errno)) => return Err(refused(errno)),
         }

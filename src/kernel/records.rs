@@ -42,6 +42,13 @@ impl Records {
         }
     }
 
+    /// The version of a record, also of one that cannot be read otherwise.
+    pub fn version(&self, container_id: &str, ifname: &str) -> Option<u64> {
+        let text = read_trusted(&self.path(container_id, ifname)).ok().flatten()?;
+        let record: serde_json::Value = serde_json::from_str(&text).ok()?;
+        record.get("version")?.as_u64()
+    }
+
     /// Reads all records; what cannot be read is reported as a sentence instead.
     pub fn all(&self) -> Vec<Result<Record, String>> {
         self.some(|_| true)

@@ -143,8 +143,7 @@ pub const TEXT_LIMIT: usize = 1024;
 )]
 #[serde(rename_all = "camelCase")]
 pub struct NodeConfigSpec {
-    /// Generation of the node's inputs that is to be applied: it rises whenever the remotes files or `node.json` of the
-    /// node change.
+    /// Identifies the remotes files and `node.json` that are to be applied: equal for equal files.
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub generation: i64,

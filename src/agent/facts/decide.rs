@@ -326,8 +326,12 @@ fn own_share(answers: &Answers, pods: &Settled) -> Option<Vec<IpNet>> {
     if pods.from == [BEFORE] {
         return None;
     }
+    let pools = &[Origin::CalicoBlocks, Origin::CiliumNode];
+    let by_pools = |origin: &Origin| answers.said(*origin).is_some_and(|said| !said.own_pods.is_empty());
     let origins: &[Origin] = match pods.tier {
-        Some(0) => &[Origin::CalicoBlocks, Origin::CiliumNode],
+        Some(0) => pools,
+        // Given by hand, but pods get their addresses from pools all the same.
+        None if pools.iter().any(by_pools) => pools,
         _ => &[Origin::OwnNode],
     };
     if origins.iter().any(|origin| answers.is_waiting(*origin)) {

@@ -28,15 +28,19 @@ const WAIT: Duration = Duration::from_secs(60);
 /// What the thread says: the addresses, or why they cannot be read. None before the first look.
 pub type Word = Option<Result<Addresses, Error>>;
 
-/// Starts the thread. Its first word, and every change, comes out of the receiver; an error is its last word.
+/// Wait after the kernel could not be asked: its tables may change faster than they can be read.
+const AGAIN: Duration = Duration::from_secs(2);
+
+/// Starts the thread. Its first word, and every change, comes out of the receiver, and what keeps it from looking.
 ///
 /// # Errors
 /// No thread can be had.
 pub fn follow() -> std::io::Result<watch::Receiver<Word>> {
     let (sink, receiver) = watch::channel(None);
     let work = move || {
-        if let Err(err) = work(&sink) {
+        while let Err(err) = work(&sink) {
             sink.send_replace(Some(Err(err)));
+            std::thread::sleep(AGAIN);
         }
     };
     std::thread::Builder::new().name("addresses".to_owned()).spawn(work)?;

@@ -78,7 +78,8 @@ pub async fn run(context: Context) -> anyhow::Result<()> {
             Ok(()) = addresses.changed() => {
                 match &*addresses.borrow_and_update() {
                     Some(Ok(now)) => keeper.addresses = Some(now.clone()),
-                    Some(Err(err)) => anyhow::bail!("addresses of this node: {err}"),
+                    // Those of before hold until the next look.
+                    Some(Err(err)) => context.board.ill(PART, format!("addresses of this node: {err}")),
                     None => {}
                 }
                 due = sooner(due, soon);
@@ -86,15 +87,25 @@ pub async fn run(context: Context) -> anyhow::Result<()> {
             Ok(()) = inputs.changed() => due = sooner(due, soon),
             () = sleep_until(due.unwrap_or(soon)), if due.is_some() => {
                 let now = inputs.borrow_and_update().clone();
-                let decision = keeper.turn(&now)?;
-                ask_nodes.send_if_modified(|before| std::mem::replace(before, decision) != decision);
-                due = keeper.again();
+                match keeper.turn(&now) {
+                    Ok(decision) => {
+                        ask_nodes.send_if_modified(|before| std::mem::replace(before, decision) != decision);
+                        due = keeper.again();
+                    }
+                    Err(err) => {
+                        context.board.ill(PART, format!("{err:#}"));
+                        due = Some(Instant::now() + RETRY);
+                    }
+                }
             }
         }
     }
     drop(asking);
     Ok(())
 }
+
+/// Wait before a file that could not be written is tried again.
+const RETRY: Duration = Duration::from_secs(5);
 
 fn sooner(due: Option<Instant>, soon: Instant) -> Option<Instant> {
     Some(due.map_or(soon, |due| due.min(soon)))

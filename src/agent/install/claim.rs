@@ -1,6 +1,9 @@
 //! `install.json`: what is installed on this node, by whom, and where.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
 
 use crosslink_core::json::Object;
 use crosslink_kernel::{
@@ -85,6 +88,12 @@ impl Claim {
                 None
             }
         }
+    }
+
+    /// Whether somebody uninstalled on this node after a moment.
+    pub fn withdrawn_since(lib_dir: &Path, moment: SystemTime) -> bool {
+        let written = std::fs::metadata(lib_dir.join(FILE)).and_then(|meta| meta.modified());
+        written.is_ok_and(|written| written > moment) && Self::read(lib_dir).is_some_and(|claim| claim.removed)
     }
 
     /// Writes it.

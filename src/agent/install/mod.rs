@@ -174,6 +174,11 @@ pub async fn run(context: Context) -> anyhow::Result<()> {
     }
 }
 
+/// Whether `uninstall` ran on this node after a moment: then an agent that still runs keeps nothing any more.
+pub fn withdrawn_since(lib_dir: &std::path::Path, moment: std::time::SystemTime) -> bool {
+    claim::Claim::withdrawn_since(lib_dir, moment)
+}
+
 /// Takes the plugin out of the chain.
 ///
 /// # Errors

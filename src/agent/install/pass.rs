@@ -263,12 +263,18 @@ impl Installer {
 /// In words, everything that is still there.
 pub fn uninstall(plan: &Plan) -> Result<(), String> {
     let _lock = lock::take(&plan.lib_dir, LOCK)?;
-    let mut claim = Claim::read(&plan.lib_dir).unwrap_or_else(|| Claim::new(plan.identity(String::new())));
+    let known = Claim::read(&plan.lib_dir);
+    let by_others = plan.mode == CniMode::None && known.is_none();
+    let mut claim = known.unwrap_or_else(|| Claim::new(plan.identity(String::new())));
     let mut faults = Vec::new();
     if !claim.removed {
         // First of all, so that an agent that still runs does not put it back.
         claim.removed = true;
         claim.write(&plan.lib_dir).map_err(|err| err.to_string())?;
+    }
+    if by_others {
+        // What is in the chain was put there by somebody else.
+        return Ok(());
     }
     let (mut losses, mut report) = (Losses::default(), Report::default());
     let now = Instant::now();

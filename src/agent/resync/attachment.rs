@@ -34,8 +34,8 @@ use crate::inputs::Inputs;
 
 use super::{pass::Key, propagation::Propagation};
 
-/// Longest wait for a sandbox that the plugin works on. The pass goes on with other attachments and comes back.
-const LOCK_WAIT: Duration = Duration::from_millis(500);
+/// A sandbox that the plugin works on is not waited for: the pass goes on with other attachments and comes back.
+const LOCK_WAIT: Duration = Duration::ZERO;
 
 /// What all attachments of a pass share.
 #[derive(Debug)]
@@ -89,8 +89,8 @@ pub enum Outcome {
     Busy,
     /// The sandbox cannot be seen from here, because of how the agent is mounted.
     Hidden(String),
-    /// The runtime has unmounted the path of a sandbox that is alive.
-    Unmounted(String),
+    /// Something about it cannot be seen, and it is better left as it is.
+    LeftAlone(String),
     /// A newer version's record.
     Newer(u64),
     /// Something went wrong.
@@ -152,19 +152,26 @@ fn read(key: &Key, env: &Env<'_>) -> Result<Record, Box<Outcome>> {
         Ok(Some(record)) if record.version > VERSION => Err(Outcome::Newer(record.version)),
         Ok(Some(record)) => Ok(record),
         Ok(None) => Err(Outcome::NotOurs),
-        Err(why) => Err(Outcome::Failed(why)),
+        Err(why) => Err(match env.records.version(&key.container_id, &key.ifname) {
+            Some(version) if version > VERSION => Outcome::Newer(version),
+            _ => Outcome::Failed(why),
+        }),
     };
     read.map_err(Box::new)
 }
 
 /// A sandbox that is not where it was.
 fn gone(record: &Record, why: &KernelError, env: &Env<'_>, kernel: &mut System) -> Result<Outcome, KernelError> {
+    if record.netns.path.starts_with("/proc") {
+        // The process may be gone, or in another PID namespace than the agent.
+        return Ok(Outcome::LeftAlone(format!("{why}; sandboxes by process are collected by the runtime's DEL or GC")));
+    }
     if let Some(text) = env.propagation.hides(&record.netns.path, why) {
         return Ok(Outcome::Hidden(text));
     }
     if is_alive(record, kernel)? {
         let text = format!("sandbox {} was unmounted, but its veth is alive", record.netns.path.display());
-        return Ok(Outcome::Unmounted(text));
+        return Ok(Outcome::LeftAlone(text));
     }
     // Somebody may have added the same attachment anew meanwhile.
     match env.records.read(&record.container_id, &record.ifname) {
@@ -184,6 +191,14 @@ fn essence(record: &Record) -> Essence<'_> {
 fn converge(record: Record, mut step: InStep, env: &Env<'_>, mut kernel: System) -> Outcome {
     let other = (record.wishes.remotes_dir != env.remotes_dir || record.wishes.node_file != env.node_file)
         .then(|| Inputs::read(&record.wishes.remotes_dir, &record.wishes.node_file));
+    if let Some(other) = &other
+        && (other.remotes.broken || other.node_finding.is_some() || !record.wishes.remotes_dir.is_dir())
+    {
+        // Not ours to guess: a missing directory would mean that there are no remotes.
+        let (dir, file) = (record.wishes.remotes_dir.display(), record.wishes.node_file.display());
+        let text = format!("it follows {dir} and {file}, which cannot be read here; give the agent the same libDir");
+        return Outcome::LeftAlone(text);
+    }
     let inputs = other.as_ref().unwrap_or(env.inputs);
     let asked = Asked::of(&record);
     let (network, pod, id) = (record.network.clone(), record.pod.clone(), record.netns.clone());
@@ -198,7 +213,8 @@ fn converge(record: Record, mut step: InStep, env: &Env<'_>, mut kernel: System)
         Ok(made) => made,
         Err(err) => {
             if step.changes > 0 {
-                converge.work.undo(&mut kernel);
+                // The record on disk says what there was before, and again is.
+                converge.work.take_back(&mut kernel);
             }
             return Outcome::Failed(err.msg);
         }
@@ -278,13 +294,15 @@ pub fn add_quickly(quick: &Quick, merged: &Merged, delta: &Delta) -> usize {
         pod,
         refusal: Refusal::Finding,
     };
-    let routes = additions(asked.identity(), inputs, delta).unwrap_or_default();
+    let mut routes = additions(asked.identity(), inputs, delta).unwrap_or_default();
+    // Another owner's route to the same prefix is a conflict whatever its metric; the thorough pass says so.
+    routes.retain(|route| !pod.foreign.contains(&route.dst) && !pod.connected.contains(&route.dst));
     if routes.is_empty() {
         return 0;
     }
     let changes: Vec<Change> = routes.into_iter().map(|route| Change::AddRoute(Side::Pod, route)).collect();
     let added = System::new().and_then(|mut kernel| {
-        let now = kernel.enter(&id.path, Duration::ZERO)?;
+        let now = kernel.enter(&id.path, LOCK_WAIT)?;
         // Under the lock: DEL may have been here, or a new ADD.
         let current = now.same(id) && known.is_some() && stamp(path) == *known;
         Ok(if current { kernel.apply(&changes).done.len() } else { 0 })

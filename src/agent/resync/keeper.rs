@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use crosslink_core::{
@@ -15,6 +15,7 @@ use crosslink_core::{
 };
 use crosslink_kernel::{notify::Changed, records::Records};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::{board::Board, context::Context, inputs::Inputs};
 
@@ -25,11 +26,35 @@ use super::{
     propagation::Propagation,
 };
 
-/// What the coordinator needs to know of a pass.
+/// When the records are listed again after they could not be.
+const UNREADABLE: Duration = Duration::from_secs(2);
+
+/// First and longest wait before an attachment that the plugin works on is tried again.
+const BUSY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// The same where something is wrong.
+const WRONG: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(300));
+
+/// Another try.
 #[derive(Clone, Copy, Debug)]
-pub struct Passed {
-    /// Whether something is worth another try soon.
-    pub again: bool,
+struct Retry {
+    due: Instant,
+    tries: u32,
+}
+
+impl Retry {
+    /// The next try after an outcome; none where none is needed.
+    fn after(outcome: &Outcome, before: Option<&Self>) -> Option<Self> {
+        let (first, longest) = match outcome {
+            Outcome::Busy => BUSY,
+            Outcome::Failed(_) | Outcome::Hidden(_) | Outcome::LeftAlone(_) => WRONG,
+            Outcome::InStep(step) if step.unwritten.is_some() => WRONG,
+            Outcome::InStep(_) | Outcome::NotOurs | Outcome::Collected | Outcome::Newer(_) => return None,
+        };
+        let tries = before.map_or(0, |before| before.tries.saturating_add(1));
+        let wait = (first * 2_u32.saturating_pow(tries.min(12))).min(longest);
+        Some(Self { due: Instant::now() + wait, tries })
+    }
 }
 
 /// The part's memory.
@@ -49,6 +74,8 @@ pub struct Keeper {
     generation: u64,
     /// Attachments that a pass did not come to.
     owed: BTreeSet<Key>,
+    retries: BTreeMap<Key, Retry>,
+    stop: CancellationToken,
 }
 
 impl Keeper {
@@ -66,6 +93,8 @@ impl Keeper {
             before: Arc::default(),
             generation: 0,
             owed: BTreeSet::new(),
+            retries: BTreeMap::new(),
+            stop: context.stop.clone(),
         }
     }
 
@@ -80,7 +109,9 @@ impl Keeper {
             |outcome: &Outcome, test: &dyn Fn(&InStep) -> bool| matches!(outcome, Outcome::InStep(step) if test(step));
         let about = |key: &Key, outcome: &Outcome| match changed {
             Changed::Sandbox(number) => step(outcome, &|step| step.number == Some(*number)),
-            Changed::Link(name) => VethNames::of(&key.container_id, &key.ifname).node == *name,
+            Changed::Link(name) => {
+                step(outcome, &|_| true) && VethNames::of(&key.container_id, &key.ifname).node == *name
+            }
             Changed::Host(addr) => step(outcome, &|step| step.addresses.contains(addr)),
             Changed::Rules | Changed::Lost => true,
         };
@@ -115,18 +146,23 @@ impl Keeper {
         }
     }
 
-    /// Brings attachments in step.
-    pub fn pass(&mut self, which: &Which) -> Passed {
+    /// Brings attachments in step. Returns when some of them are worth another try.
+    pub fn pass(&mut self, which: &Which) -> Option<Instant> {
         let started = Instant::now();
         let inputs = self.inputs.borrow_and_update().clone();
         self.hurry(&inputs, started);
         let propagation = Propagation::read();
-        let all = self.keys();
+        let Some(all) = self.keys() else {
+            // What was known stays; attachments are looked at again soon.
+            return Some(Instant::now() + UNREADABLE);
+        };
         self.known.retain(|key, _| all.contains(key));
         self.owed.retain(|key| all.contains(key));
+        self.retries.retain(|key, _| all.contains(key));
         let chosen = match which {
-            Which::All => &all,
-            Which::Some(some) => some,
+            // A change of remotes that came in between is everybody's.
+            Which::Some(some) if inputs.generation == self.generation => some,
+            Which::Some(_) | Which::All => &all,
         };
         // Those that were left when the last pass made way for a new change come first.
         let rest = chosen.iter().filter(|key| all.contains(key) && !self.owed.contains(key));
@@ -138,8 +174,8 @@ impl Keeper {
             node_file: &self.node_file,
             propagation: &propagation,
         };
-        let newer = |receiver: &watch::Receiver<Arc<Inputs>>| receiver.has_changed().unwrap_or(false);
-        let outcomes = pass::run(&keys, &|| newer(&self.inputs), &|key| Some(sync(key, &env)));
+        let give_way = || self.stop.is_cancelled() || self.is_behind();
+        let outcomes = pass::run(&keys, &give_way, &|key| Some(sync(key, &env)));
         self.metrics.passes.inc();
         self.owed = keys.iter().cloned().collect();
         for (place, outcome) in outcomes {
@@ -155,19 +191,25 @@ impl Keeper {
             self.generation = inputs.generation;
         }
         self.report(started, &propagation);
-        Passed { again: !self.owed.is_empty() || self.known.values().any(is_unsettled) }
+        self.retries.values().map(|retry| retry.due).min()
     }
 
-    fn keys(&self) -> BTreeSet<Key> {
+    /// Attachments that are worth another try now.
+    pub fn due(&self) -> BTreeSet<Key> {
+        let now = Instant::now();
+        self.retries.iter().filter(|(_, retry)| retry.due <= now).map(|(key, _)| key.clone()).collect()
+    }
+
+    fn keys(&self) -> Option<BTreeSet<Key>> {
         let key = |name: &String| {
             let (container_id, ifname) = parse_file_name(name)?;
             Some(Key { container_id: container_id.to_owned(), ifname: ifname.to_owned() })
         };
         match self.records.names() {
-            Ok(names) => names.iter().filter_map(key).collect(),
+            Ok(names) => Some(names.iter().filter_map(key).collect()),
             Err(err) => {
                 self.board.ill(PART, err.to_string());
-                BTreeSet::new()
+                None
             }
         }
     }
@@ -185,14 +227,20 @@ impl Keeper {
             }
             Outcome::Failed(why) => {
                 self.metrics.failures.inc();
-                tracing::warn!(container_id, ifname, "{why}");
+                if self.known.get(&key) != Some(&outcome) {
+                    tracing::warn!(container_id, ifname, "{why}");
+                }
             }
             Outcome::InStep(_)
             | Outcome::NotOurs
             | Outcome::Busy
             | Outcome::Hidden(_)
-            | Outcome::Unmounted(_)
+            | Outcome::LeftAlone(_)
             | Outcome::Newer(_) => {}
+        }
+        match Retry::after(&outcome, self.retries.get(&key)) {
+            Some(retry) => drop(self.retries.insert(key.clone(), retry)),
+            None => drop(self.retries.remove(&key)),
         }
         match outcome {
             Outcome::Collected => drop(self.known.remove(&key)),
@@ -237,22 +285,43 @@ impl Keeper {
     }
 }
 
-/// Whether another try soon may do better.
-const fn is_unsettled(outcome: &Outcome) -> bool {
-    match outcome {
-        Outcome::Busy | Outcome::Failed(_) | Outcome::Hidden(_) | Outcome::Unmounted(_) => true,
-        Outcome::InStep(step) => step.unwritten.is_some(),
-        Outcome::NotOurs | Outcome::Collected | Outcome::Newer(_) => false,
-    }
-}
-
 fn finding((key, outcome): (&Key, &Outcome)) -> Option<Finding> {
     let named = |id, text: &str| Some(Finding::new(id, format!("{} {}: {text}", key.container_id, key.ifname)));
     match outcome {
         Outcome::Failed(why) => named(Id::Resync, why),
-        Outcome::Hidden(why) | Outcome::Unmounted(why) => named(Id::NetnsHidden, why),
+        Outcome::Hidden(why) | Outcome::LeftAlone(why) => named(Id::NetnsHidden, why),
         Outcome::Newer(version) => named(Id::RecordNewer, &format!("version {version}")),
         Outcome::InStep(InStep { unwritten: Some(why), .. }) => named(Id::State, why),
         Outcome::InStep(_) | Outcome::NotOurs | Outcome::Collected | Outcome::Busy => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wait(outcome: &Outcome, tries: Option<u32>) -> Option<Duration> {
+        let before = tries.map(|tries| Retry { due: Instant::now(), tries });
+        let now = Instant::now();
+        Retry::after(outcome, before.as_ref()).map(|retry| retry.due.saturating_duration_since(now))
+    }
+
+    #[test]
+    fn what_goes_on_being_wrong_is_tried_less_and_less() {
+        let failed = Outcome::Failed("no interface".to_owned());
+        let waits: Vec<u64> =
+            [None, Some(0), Some(1), Some(5), Some(40)].map(|tries| wait(&failed, tries).unwrap().as_secs()).to_vec();
+        assert_eq!(waits, [2, 4, 8, 128, 300]);
+        assert!(wait(&Outcome::Busy, None).unwrap() < Duration::from_millis(200), "an ADD is soon done");
+        assert!(wait(&Outcome::Busy, Some(30)).unwrap() <= BUSY.1);
+    }
+
+    #[test]
+    fn what_is_in_step_or_not_ours_to_mend_is_not_tried_again() {
+        for outcome in [Outcome::InStep(InStep::default()), Outcome::NotOurs, Outcome::Collected, Outcome::Newer(2)] {
+            assert_eq!(wait(&outcome, Some(3)), None, "{outcome:?}");
+        }
+        let unwritten = InStep { unwritten: Some("no space".to_owned()), ..InStep::default() };
+        assert!(wait(&Outcome::InStep(unwritten), None).is_some());
     }
 }

@@ -27,9 +27,6 @@ const PART: &str = "resync";
 /// How long events are gathered: an ADD makes a dozen. Changes of remotes files are not delayed by it.
 const GATHER: Duration = Duration::from_millis(50);
 
-/// When a pass is repeated for what failed, was locked or is hidden.
-const RETRY: Duration = Duration::from_secs(2);
-
 /// Events that wait; the threads that send them wait when it is full.
 const EVENTS: usize = 4096;
 
@@ -101,65 +98,79 @@ pub async fn run(context: Context) -> anyhow::Result<()> {
     let mut inputs = inputs::watch(&context);
     let mut keeper = Keeper::new(&context, inputs.clone(), Metrics::new(&context));
     let period = Duration::from_secs(context.settings.resync_interval_seconds);
-    let mut due = Due { which: Which::All, again: Instant::now() + period };
-    loop {
-        let outcome;
-        (keeper, outcome) = tokio::task::spawn_blocking(move || {
-            let outcome = keeper.pass(&due.which);
-            (keeper, outcome)
+    let mut which = Which::All;
+    let mut full = Instant::now() + period;
+    let mut gathered = Gathered::default();
+    while !context.stop.is_cancelled() {
+        if which == Which::All {
+            full = Instant::now() + period;
+            gathered = Gathered::default();
+        }
+        let retry;
+        (keeper, retry) = tokio::task::spawn_blocking(move || {
+            let retry = keeper.pass(&which);
+            (keeper, retry)
         })
         .await?;
-        let again = if outcome.again { RETRY } else { period };
-        due.again = Instant::now() + again;
         inputs.mark_unchanged();
         if keeper.is_behind() {
-            due.which = Which::All;
+            which = Which::All;
             continue;
         }
-        due.which = tokio::select! {
+        let retry = retry.map(Instant::from_std);
+        which = tokio::select! {
             biased;
-            () = context.stop.cancelled() => return Ok(()),
+            () = context.stop.cancelled() => break,
             changed = inputs.changed() => match changed {
                 Ok(()) => Which::All,
-                Err(_) => return Ok(()),
+                Err(_) => break,
             },
-            which = gather(&mut events, &keeper) => which,
-            () = tokio::time::sleep_until(due.again) => Which::All,
+            // Before what comes again and again, so that a busy node does not put it off for ever.
+            () = tokio::time::sleep_until(full) => Which::All,
+            () = tokio::time::sleep_until(retry.unwrap_or(full)), if retry.is_some() => gathered.take(keeper.due()),
+            () = gathered.more(&mut events, &keeper) => gathered.take(BTreeSet::new()),
         };
     }
+    Ok(())
 }
 
-/// The next pass.
-struct Due {
-    which: Which,
-    again: Instant,
+/// What events have asked for so far. It outlives the wait, so that nothing is lost where something else comes first.
+#[derive(Debug, Default)]
+struct Gathered {
+    keys: BTreeSet<Key>,
+    all: bool,
+    until: Option<Instant>,
 }
 
-/// Waits for events that matter and gathers those that come right after.
-async fn gather(events: &mut mpsc::Receiver<Event>, keeper: &Keeper) -> Which {
-    let mut keys = BTreeSet::new();
-    let mut all = false;
-    let mut until: Option<Instant> = None;
-    loop {
-        let event = match until {
-            None => events.recv().await,
-            Some(until) => match tokio::time::timeout_at(until, events.recv()).await {
-                Ok(event) => event,
-                Err(_) if all => return Which::All,
-                Err(_) => return Which::Some(keys),
-            },
-        };
-        // The threads that send live as long as the process.
-        let Some(event) = event else { return std::future::pending().await };
-        match event {
-            Event::All | Event::Kernel(Changed::Lost | Changed::Rules) => all = true,
-            Event::Kernel(changed) => match keeper.owners(&changed) {
-                found if found.is_empty() => continue,
-                found => keys.extend(found),
-            },
-            Event::Record(key) if keeper.is_news(&key) => drop(keys.insert(key)),
-            Event::Record(_) => continue,
+impl Gathered {
+    /// Takes what was gathered, together with more.
+    fn take(&mut self, more: BTreeSet<Key>) -> Which {
+        let Self { keys, all, .. } = std::mem::take(self);
+        if all { Which::All } else { Which::Some(keys.into_iter().chain(more).collect()) }
+    }
+
+    /// Waits for events that matter, and for those that come right after.
+    async fn more(&mut self, events: &mut mpsc::Receiver<Event>, keeper: &Keeper) {
+        loop {
+            let event = match self.until {
+                None => events.recv().await,
+                Some(until) => match tokio::time::timeout_at(until, events.recv()).await {
+                    Ok(event) => event,
+                    Err(_) => return,
+                },
+            };
+            // The threads that send live as long as the process.
+            let Some(event) = event else { return std::future::pending().await };
+            match event {
+                Event::All | Event::Kernel(Changed::Lost | Changed::Rules) => self.all = true,
+                Event::Kernel(changed) => match keeper.owners(&changed) {
+                    found if found.is_empty() => continue,
+                    found => self.keys.extend(found),
+                },
+                Event::Record(key) if keeper.is_news(&key) => drop(self.keys.insert(key)),
+                Event::Record(_) => continue,
+            }
+            self.until = self.until.or_else(|| Some(Instant::now() + GATHER));
         }
-        until = until.or_else(|| Some(Instant::now() + GATHER));
     }
 }

@@ -6,7 +6,7 @@ use crosslink_core::{
     finding::{Finding, Id},
     record,
 };
-use crosslink_kernel::notify::Listener;
+use crosslink_kernel::notify::{Changed, Listener};
 use tokio::sync::mpsc::Sender;
 
 use crate::{
@@ -18,6 +18,9 @@ use super::{Event, pass::Key};
 
 /// Longest time without a look at the directories.
 const LOOK: Duration = Duration::from_secs(30);
+
+/// Wait before listening anew after the kernel has refused.
+const AGAIN: Duration = Duration::from_secs(5);
 
 /// Starts the threads. They end with the process: what they wait for cannot be interrupted, and they change nothing.
 pub fn start(context: &Context, sender: &Sender<Event>) {
@@ -66,16 +69,23 @@ fn key(name: &OsStr) -> Option<Key> {
 
 fn sandboxes(mut listener: Listener, sender: &Sender<Event>) {
     loop {
-        match listener.wait() {
-            Ok(changed) => {
-                if sender.blocking_send(Event::Kernel(changed)).is_err() {
-                    return;
-                }
-            }
+        let changed = match listener.wait() {
+            Ok(changed) => changed,
             Err(err) => {
-                tracing::error!("{err}; drift is found by looking now and then");
-                return;
+                tracing::error!("{err}; listening anew");
+                listener = loop {
+                    std::thread::sleep(AGAIN);
+                    match Listener::open() {
+                        Ok(listener) => break listener,
+                        Err(err) => tracing::error!("{err}"),
+                    }
+                };
+                // Whatever happened meanwhile.
+                Changed::Lost
             }
+        };
+        if sender.blocking_send(Event::Kernel(changed)).is_err() {
+            return;
         }
     }
 }

@@ -35,6 +35,8 @@ type Event = Result<Arc<NetnsState>, String>;
 struct Routes {
     protocols: Vec<u8>,
     local: Vec<IpNet>,
+    /// Whether this cluster's pod CIDRs are known.
+    placed: bool,
     state: Option<Arc<NetnsState>>,
     failure: Option<String>,
 }
@@ -84,6 +86,7 @@ impl Model for Routes {
     }
 
     fn local(&mut self, node: &NodeFacts) {
+        self.placed = !node.pod_cidrs.is_empty();
         self.local = node.pod_cidrs.iter().chain(&node.service_cidrs).chain(&node.node_cidrs).copied().collect();
     }
 
@@ -91,6 +94,12 @@ impl Model for Routes {
         let Some(state) = &self.state else {
             return View { failure: self.failure.clone(), ..View::default() };
         };
+        if !self.placed {
+            // A speaker also knows the routes to this cluster's other nodes.
+            let why =
+                "this cluster's pod CIDRs are not known, so its own routes would pass for remote ones: set podCIDRs";
+            return View { failure: Some(why.to_owned()), ..View::default() };
+        }
         let (nets, wide) = learned(state, &self.protocols, &self.local);
         let findings = wide.iter().map(|net| {
             Finding::new(
@@ -125,7 +134,7 @@ impl Source for KernelSource {
 
     async fn run(self, sink: Sink) -> anyhow::Result<()> {
         let (sender, events) = mpsc::channel(QUEUE);
-        let model = Routes { protocols: self.protocols, local: Vec::new(), state: None, failure: None };
+        let model = Routes { protocols: self.protocols, local: Vec::new(), placed: false, state: None, failure: None };
         together(drive(model, events, sink), follow(&Topic::ALL, sender, |state| state)).await;
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Kosmos' `Cluster` objects, which exist in its control cluster alone.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
 use crosslink_core::{finding::Finding, remotes::Told};
 use ipnet::IpNet;
@@ -146,24 +146,43 @@ pub struct KosmosSource {
     pub client: Option<Client>,
 }
 
+/// Between two tries to read a kubeconfig.
+const RECONNECT: Duration = Duration::from_secs(10);
+
 impl Source for KosmosSource {
     fn kind(&self) -> SourceKind {
         SourceKind::Kosmos
     }
 
-    async fn run(self, sink: Sink) -> anyhow::Result<()> {
+    async fn run(self, mut sink: Sink) -> anyhow::Result<()> {
         let here = self.kubeconfig.is_none();
-        let client = match (&self.kubeconfig, self.client) {
-            (Some(path), _) => client_from(path).await?,
-            (None, Some(client)) => client,
-            (None, None) => return Ok(()),
+        let client = match &self.kubeconfig {
+            Some(path) => connect(path, &mut sink).await,
+            None => self.client,
         };
+        let Some(client) = client else { return Ok(()) };
         let (sender, events) = mpsc::channel(QUEUE);
         let resource: ApiResource = api_resource("kosmos.io", "v1alpha1", "Cluster", "clusters");
         let feed = Feed { client, resource, namespace: None, names_only: false, sender, wrap: |notice| notice };
         let model = Kosmos { here, ..Kosmos::default() };
         together(drive(model, events, sink), feed.watch()).await;
         Ok(())
+    }
+}
+
+/// A client for the control cluster. Its kubeconfig may come later than the agent, as Secrets do. None where the agent ends
+/// first.
+async fn connect(path: &Path, sink: &mut Sink) -> Option<Client> {
+    loop {
+        let why = match client_from(path).await {
+            Ok(client) => return Some(client),
+            Err(err) => format!("{err:#}"),
+        };
+        sink.offer(View { failure: Some(why), ..View::default() }).await;
+        tokio::select! {
+            () = sink.stop.cancelled() => return None,
+            () = tokio::time::sleep(RECONNECT) => {}
+        }
     }
 }
 

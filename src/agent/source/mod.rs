@@ -81,11 +81,11 @@ trait Source {
 pub async fn run(context: Context) -> anyhow::Result<()> {
     let settings = &context.settings;
     let used: Vec<SourceKind> = settings.sources.iter().copied().filter(|kind| is_used(&context, *kind)).collect();
+    context.board.expect(PART);
     remove_unused(&context, &used).await;
     let metrics = Metrics::default();
     context.register(|registry| metrics.register(registry));
     let (silent, heard) = watch::channel(used.iter().copied().collect::<BTreeSet<_>>());
-    context.board.expect(PART);
     let shared = Shared {
         stop: context.stop.clone(),
         inputs: crate::inputs::watch(&context),

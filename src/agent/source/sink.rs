@@ -178,8 +178,10 @@ impl Sink {
                 self.metrics.errors.inc();
                 findings.insert(0, Finding::new(Id::Source, format!("source {}: {why}", self.kind.name())));
                 self.board.ill(&part, why.as_str());
-                // What it said before is in force: the node is as ready as it was.
-                if self.store.as_ref().is_some_and(|store| store.generation() > 0) {
+                // What it said before is in force: the node is as ready as it was. And where it could be read, but its file is
+                // somebody else's, waiting does not help.
+                let known = self.store.as_ref().is_some_and(|store| store.generation() > 0);
+                if known || read {
                     self.heard();
                 }
             }

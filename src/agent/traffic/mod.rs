@@ -7,7 +7,10 @@ mod pace;
 mod pass;
 pub mod sysctls;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::Context as _;
 use crosslink_core::{
@@ -20,7 +23,7 @@ use tokio::time::Instant;
 
 use crate::{
     context::Context,
-    inputs,
+    inputs, install,
     settings::{Settings, Toggle},
 };
 
@@ -59,7 +62,17 @@ pub async fn run(context: Context) -> anyhow::Result<()> {
     let mut events = Events::open();
     let mut pace = Pace::default();
     let mut kept: Option<Option<Table>> = None;
+    let born = SystemTime::now();
     loop {
+        if install::withdrawn_since(&context.settings.lib_dir, born) {
+            context
+                .board
+                .ill(PART, "crosslink was uninstalled on this node while the agent runs: restart it to begin again");
+            tokio::select! {
+                () = context.stop.cancelled() => return Ok(()),
+                () = tokio::time::sleep(RETRY) => continue,
+            }
+        }
         let now = Arc::clone(&inputs.borrow_and_update());
         let settings = Arc::clone(&context.settings);
         let before = kept.take();
