@@ -300,6 +300,11 @@ fn unused_sources_leave_nothing_and_people_are_left_alone() {
     let kernel = r#"{"version":1,"source":"kernel","clusters":[]}"#;
     fs::write(&by_hand, kernel).unwrap();
     agent.set("--sources", "kernel");
+    // Without knowing what is local it would take this cluster's own routes for remote ones.
+    agent.start();
+    agent.expect_log(0, &["XL-SOURCE ", "set podCIDRs"]);
+    agent.stop();
+    agent.set("--pod-cidrs", "10.42.0.0/16");
     agent.start();
     until("the file's end", || (!agent.file("static").exists()).then_some(()));
     // The kernel's file is not the agent's.
